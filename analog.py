@@ -1,0 +1,242 @@
+"""A crossbar of phase-change memory (PCM): programming noise, read noise, drift; differentiable throughout.
+
+Conductances G are in µS and times in s. The laws, with r = G/g_max and N(mean, std²) a normal draw:
+
+    SET pulse     P ← P·exp(−1/history_decay)
+                  G ← clip(G + N(set_slope·G + set_offset + set_history·P,
+                                 (set_std_slope·G + set_std_offset + set_std_history·P)²))
+    RESET         G ← clip(N(reset_mean, reset_std²)),  P ← 1
+    drift         G(t) = G·(max(t − t_prog, 1 s)/t0)^−ν,  ν fixed per device when the chip is made
+    read          clip(G(t) + N(0, σ²)),  σ = read_slope·G(t) + read_offset;  one draw a read (1/f noise)
+    synapse       W = (G+ − G−)/(g_max − g_min), a differential pair of devices
+
+`Device` holds the constants, `Crossbar` the state of an array of devices. Neither knows the other modes: an ideal
+device is a Device whose noise is zero. Run this file to draw the laws over simulated devices (img/model.png).
+"""
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+# ---- constants ------------------------------------------------------------------------------------------------------
+
+class Device(NamedTuple):
+    """The constants of one kind of device. The fields after `prog_err` are optional in a user's file."""
+    name: str
+    g_min: float             # µS, the range of G
+    g_max: float             # µS
+    set_slope: float         # mean ΔG of a SET pulse, per µS of G
+    set_offset: float        # µS, mean ΔG at G = 0
+    set_history: float       # µS, mean ΔG added at P = 1 (the first pulses after RESET act more)
+    set_std_slope: float     # std of ΔG, per µS of G
+    set_std_offset: float    # µS, std of ΔG at G = 0
+    set_std_history: float   # µS, std of ΔG added at P = 1
+    history_decay: float     # pulses over which P falls by e
+    reset_mean: float        # µS
+    reset_std: float         # µS
+    t0: float                # s after the last pulse at which G is specified
+    nu_mean: float           # drift exponent ν, mean over devices
+    nu_std: float            # its spread between devices
+    read_slope: float        # std of read noise, per µS of G(t)
+    read_offset: float       # µS
+    prog_err: float          # std of the error left by program-and-verify, as a share of the crossbar's largest G
+    set_on_drifted: float = 0.0   # what a pulse adds to: 0, G as specified at t0; 1, G as it has drifted
+    prog_std: tuple = (0.0, 0.0, 0.0)        # µS, programming error added as std c0 + c1·r + c2·r²
+    nu_log: tuple = (0.0, 0.0, 1e9)          # ν mean = clip(nu_mean + k·ln r, low, high), as (k, low, high)
+    nu_std_log: tuple = (0.0, 0.0, 1e9)      # the same for ν's spread
+    read_power: float = 0.0                  # read_offset is multiplied by r(t)^read_power
+    read_cap: float = 1e6                    # read noise is at most this multiple of G(t) ...
+    read_log: float = 0.0                    # ... times ln((t − t_prog + 250 ns)/500 ns)^read_log
+
+
+# Doped-GST mushroom cells: Nandakumar et al., "A phase-change memory model for neuromorphic computing", J. Appl. Phys.
+# 124, 152135 (2018). ν's spread is not given there: 0.008 is what IBM's aihwkit (PCMLikeNoiseModel) has at high G.
+PCM = Device("pcm", g_min=0.1, g_max=12.0,
+             set_slope=-0.084, set_offset=0.892, set_history=0.0,
+             set_std_slope=0.09, set_std_offset=0.575, set_std_history=0.0, history_decay=2.6,
+             reset_mean=0.1, reset_std=0.01, t0=38.6, nu_mean=0.04, nu_std=0.008,
+             read_slope=0.03, read_offset=0.13, prog_err=0.05)
+
+# The same cells with the memory of earlier pulses that the paper fits; PCM above is its history-free form.
+PCM_HISTORY = PCM._replace(name="pcm_history", set_offset=0.880, set_history=1.40,
+                           set_std_slope=0.091, set_std_offset=0.260, set_std_history=2.15)
+
+# No noise, no drift, every pulse 0.75 µS = g_max/2⁴.
+PERF = PCM._replace(name="perf", set_slope=0.0, set_offset=0.75, set_std_slope=0.0, set_std_offset=0.0,
+                    reset_std=0.0, nu_mean=0.0, nu_std=0.0, read_slope=0.0, read_offset=0.0, prog_err=0.0)
+
+DEVICES = {device.name: device for device in (PCM, PCM_HISTORY, PERF)}
+POSITIVE = "g_min", "g_max", "history_decay", "t0"
+NOT_NEGATIVE = ("set_std_slope", "set_std_offset", "set_std_history", "reset_mean", "reset_std", "nu_mean", "nu_std",
+                "read_slope", "read_offset", "prog_err", "read_power", "read_cap", "read_log")
+MIN_AGE = 1.0   # s: a read at the instant of programming is taken as a read 1 s after it
+
+
+class Crossbar(NamedTuple):
+    """State of an array of differential pairs; every field is [2, rows, cols], axis 0 being (G+, G−)."""
+    g: jax.Array        # µS, the conductance t0 after the last pulse
+    t_prog: jax.Array   # s, time of the last pulse
+    nu: jax.Array       # drift exponent
+    p: jax.Array        # history P: 1 at RESET, 0 after many pulses
+
+
+# ---- devices of one's own ---------------------------------------------------------------------------------------------
+
+def load_device(name):
+    """Device of a built-in name or of a JSON file {"name": ..., "g_min": ..., ...}; ValueError names a wrong key."""
+    if name in DEVICES:
+        return DEVICES[name]
+    try:
+        constants = json.loads(Path(name).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{name} is neither one of {', '.join(DEVICES)} nor a readable JSON file ({error})") from None
+    if not isinstance(constants, dict):
+        raise ValueError(f"{name} must hold one JSON object of constants")
+    for key in Device._fields:
+        if key not in constants and key not in Device._field_defaults:
+            raise ValueError(f"{name}: key {key} is missing")
+    return check_device(constants)
+
+
+def check_device(constants):
+    """Device of a dictionary of constants; ValueError names the first key that is unknown or out of its range."""
+    for key, value in constants.items():
+        default = Device._field_defaults.get(key, "" if key == "name" else 0.0)
+        if key not in Device._fields:
+            raise ValueError(f"key {key} is unknown; known are {', '.join(Device._fields)}")
+        items = value if isinstance(default, tuple) and isinstance(value, list) else [value]
+        if key == "name" and not (isinstance(value, str) and value.isidentifier()):
+            raise ValueError(f"key name must be a word of letters, digits and _, not {value!r}")
+        if key != "name" and not all(type(x) in (int, float) and math.isfinite(x) for x in items):
+            raise ValueError(f"key {key} must be a finite number, not {value!r}")
+        if isinstance(default, tuple) and len(items) != len(default):
+            raise ValueError(f"key {key} must be a list of {len(default)} numbers")
+        if key in NOT_NEGATIVE and value < 0 or key in POSITIVE and value <= 0:
+            raise ValueError(f"key {key} must {'be positive' if key in POSITIVE else 'not be negative'}, not {value}")
+    device = Device(**{key: tuple(x) if isinstance(x, list) else x for key, x in constants.items()})
+    if device.g_min >= device.g_max:
+        raise ValueError(f"key g_min ({device.g_min}) must be below g_max ({device.g_max})")
+    return device
+
+
+# ---- physics --------------------------------------------------------------------------------------------------------
+
+def clip(x, low, high):
+    """Saturate at [low, high]; the derivative is 1 on the closed range and 0 outside (jnp.clip has 0.5 at the ends)."""
+    return jnp.where((x >= low) & (x <= high), x, jax.lax.stop_gradient(jnp.clip(x, low, high)))
+
+
+def staircase(device, n_pulses):
+    """Noise-free mean of n_pulses SET pulses from RESET: G [n_pulses + 1] in µS and P [n_pulses + 1]."""
+    g, p = [device.reset_mean], [1.0]
+    for _ in range(n_pulses):
+        p.append(p[-1]*math.exp(-1/device.history_decay))
+        step = device.set_slope*g[-1] + device.set_offset + device.set_history*p[-1]
+        g.append(min(max(g[-1] + step, device.g_min), device.g_max))
+    return np.array(g, np.float32), np.array(p, np.float32)
+
+
+def history(device, g):
+    """P of a device programmed to g: that of the number of pulses that lead from RESET to g on average."""
+    return jnp.interp(jax.lax.stop_gradient(g), *staircase(device, 64))
+
+
+def inject(key, device, g):
+    """Add the programming error to g (µS), within the range; straight-through: the gradient ignores it."""
+    r = g/device.g_max
+    c0, c1, c2 = device.prog_std
+    std = device.prog_err*jnp.max(g) + c0 + c1*r + c2*r**2
+    noisy = jnp.clip(g + std*jax.random.normal(key, g.shape), device.g_min, device.g_max)
+    return g + jax.lax.stop_gradient(noisy - g)
+
+
+def fabricate(key, device, g):
+    """A chip whose devices were programmed at t = 0 to g [2, rows, cols] in µS; each draws its ν, which it keeps."""
+    error_key, nu_key = jax.random.split(key)
+    g = inject(error_key, device, g)
+    log_r = jax.lax.stop_gradient(jnp.log(g/device.g_max))
+    mean, std = (jnp.clip(base + k*log_r, low, high) for base, (k, low, high) in
+                 ((device.nu_mean, device.nu_log), (device.nu_std, device.nu_std_log)))
+    nu = jnp.maximum(mean + std*jax.random.normal(nu_key, g.shape), 0.0)
+    return Crossbar(g, jnp.zeros_like(g), nu, history(device, g))
+
+
+def drift(device, xbar, t):
+    """Conductance [2, rows, cols] in µS at time t (s), before read noise."""
+    age = jnp.maximum(t - xbar.t_prog, MIN_AGE)
+    return xbar.g*(age/device.t0)**-xbar.nu
+
+
+def set_pulse(key, device, xbar, mask, t):
+    """One SET pulse at time t (s) on the devices whose mask is 1; mask (0 or 1, any float) passes a gradient."""
+    p = xbar.p*math.exp(-1/device.history_decay)
+    g = xbar.g + device.set_on_drifted*(drift(device, xbar, t) - xbar.g)
+    mean = device.set_slope*g + device.set_offset + device.set_history*p
+    std = device.set_std_slope*g + device.set_std_offset + device.set_std_history*p
+    pulsed = clip(g + mean + std*jax.random.normal(key, g.shape), device.g_min, device.g_max)
+    return xbar._replace(g=xbar.g + mask*(pulsed - xbar.g), t_prog=jnp.where(mask > 0, t, xbar.t_prog),
+                         p=jnp.where(mask > 0, p, xbar.p))
+
+
+def reset(key, device, xbar, mask, t):
+    """RESET at time t (s) the devices whose mask is true."""
+    g = device.reset_mean + device.reset_std*jax.random.normal(key, xbar.g.shape)
+    g = jnp.clip(g, device.g_min, device.g_max)
+    return xbar._replace(g=jnp.where(mask, g, xbar.g), t_prog=jnp.where(mask, t, xbar.t_prog),
+                         p=jnp.where(mask, 1.0, xbar.p))
+
+
+def read(key, device, xbar, t):
+    """Conductance [2, rows, cols] in µS as measured at time t (s): drifted, with one draw of read noise."""
+    g = drift(device, xbar, t)
+    age = jnp.maximum(t - xbar.t_prog, MIN_AGE)
+    std = device.read_slope*g + device.read_offset*(g/device.g_max)**device.read_power
+    std = jnp.minimum(std, device.read_cap*g)*jnp.log((age + 250e-9)/500e-9)**device.read_log
+    return clip(g + std*jax.random.normal(key, g.shape), device.g_min, device.g_max)
+
+
+def weights(device, g):
+    """Weights [rows, cols] of the conductances g [2, rows, cols] in µS."""
+    return (g[0] - g[1])/(device.g_max - device.g_min)
+
+
+def conductances(device, w):
+    """One-sided pair [2, rows, cols] in µS for weights w in [−1, 1]: one device carries |w|, the other is at g_min."""
+    return device.g_min + jnp.stack([jnp.maximum(w, 0.0), jnp.maximum(-w, 0.0)])*(device.g_max - device.g_min)
+
+
+# ---- composites -----------------------------------------------------------------------------------------------------
+
+class Programming(NamedTuple):
+    """What program-and-verify did: the crossbar, and per device [2, rows, cols] its pulses, RESETs and success."""
+    xbar: Crossbar
+    pulses: jax.Array
+    resets: jax.Array
+    done: jax.Array
+
+
+def program(key, device, target, tolerance=0.4, max_steps=50):
+    """Program-and-verify at t = 0 to target [2, rows, cols] in µS: SET pulses from RESET until a noisy read is within
+    tolerance (µS) of the target; an overshot device is RESET and tried again. Reads are taken MIN_AGE after the pulse
+    and corrected by the mean drift. Devices still out of tolerance after max_steps are left as they are, done = 0."""
+    correction = (MIN_AGE/device.t0)**device.nu_mean
+    reset_key, nu_key, key = jax.random.split(key, 3)
+    xbar = fabricate(nu_key, device._replace(prog_err=0.0, prog_std=(0.0, 0.0, 0.0)), target)
+    zero = jnp.zeros(target.shape, jnp.int32)
+    start = Programming(reset(reset_key, device, xbar, True, 0.0), zero, zero + 1, zero > 0)
+
+    def step(state, key):
+        read_key, reset_key, set_key = jax.random.split(key, 3)
+        error = correction*read(read_key, device, state.xbar, MIN_AGE) - target
+        done = state.done | (jnp.abs(error) <= tolerance)
+        over, under = ~done & (error > 0), ~done & (error < 0)
+        xbar = reset(reset_key, device, state.xbar, over, 0.0)
+        xbar = set_pulse(set_key, device, xbar, under.astype(target.dtype), 0.0)
+        return Programming(xbar, state.pulses + under, state.resets + over, done), None
+
+    return jax.lax.scan(step, start, jax.random.split(key, max_steps))[0]

@@ -1,0 +1,149 @@
+"""A two-layer leaky integrate-and-fire (LIF) network whose weights are read from three crossbars.
+
+    u0 = input converter(x), held for the run         x in [−5, 5], 2^dac_bits levels
+    v0 ← α v0 + [u0, 1]·W0 − z0,  z0 = H(v0 − 1)      membrane and spikes of layer 0, reset by subtraction
+    v1 ← α v1 + [z0, 1]·W1 − z1,  z1 = H(v1 − 1)      layer 1
+    e  ← κ e + z1                                     trace of the spikes
+    ŷ  = e·W2                                         leaky-integrator readout, linear in W2
+
+The last row of a hidden crossbar is its bias, driven by a constant 1. Hidden activity depends on the input's level and
+on the chip, never on the task, so it is simulated once per level. Units of layers are the last axis of every array.
+Run this file to draw the network at work for one input (img/network.png).
+"""
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import analog
+
+# ---- constants ------------------------------------------------------------------------------------------------------
+
+N_STEPS = 100            # time steps T of one presentation
+DT = 1e-3                # s, one step
+X_RANGE = (-5.0, 5.0)    # span of the input converter
+G_READOUT = 0.5          # µS, every readout device at the start
+
+
+class Network(NamedTuple):
+    """One value per crossbar: conductances, crossbars, weights or keys."""
+    hidden0: jax.Array   # [2, 1+1, H0]
+    hidden1: jax.Array   # [2, H0+1, H1]
+    readout: jax.Array   # [2, H1, 1]
+
+
+class Decay(NamedTuple):
+    """Factors by which membrane and trace decay in one time step."""
+    alpha: float
+    kappa: float
+
+
+class Activity(NamedTuple):
+    """What the readout and the penalty need of one presentation of each of L levels."""
+    trace: jax.Array     # [T, L, H1], e
+    rate0: jax.Array     # spikes per step, mean over time, levels and neurons
+    rate1: jax.Array
+
+
+# ---- neurons --------------------------------------------------------------------------------------------------------
+
+@jax.custom_jvp
+def spike(u):
+    """Heaviside step of u; its surrogate derivative is that of the fast sigmoid u/(1 + |u|), namely 1/(1 + |u|)²."""
+    return (u > 0).astype(u.dtype)
+
+
+@spike.defjvp
+def _(primals, tangents):
+    (u,), (du,) = primals, tangents
+    return spike(u), du/(1 + jnp.abs(u))**2
+
+
+def lif(decay, bias, drive):
+    """Membrane potentials and traces [T, N] of N neurons from rest, under bias [N] and drive, a tuple of [T, N]."""
+    def step(state, drive):
+        v, e = state
+        v = decay.alpha*v + sum(drive, bias) - spike(v - 1)
+        e = decay.kappa*e + spike(v - 1)
+        return (v, e), (v, e)
+
+    rest = jnp.zeros_like(bias)
+    return jax.lax.scan(step, (rest, rest), drive, length=N_STEPS)[1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lif_trace(decay, bias, drive):
+    """The traces of lif. Its derivative keeps the potentials alone and runs the adjoint backwards in time:
+    λe ← κ λe + ē,  λv ← α λv + s·(λe − λv),  s the surrogate derivative at v. λv is the drive's gradient."""
+    return lif(decay, bias, drive)[1]
+
+
+def _lif_forward(decay, bias, drive):
+    v, e = lif(decay, bias, drive)
+    return e, (v, drive)
+
+
+def _lif_backward(decay, residuals, e_bar):
+    v, drive = residuals
+
+    def step(state, inputs):
+        (lv, le, total), (v, e_bar) = state, inputs
+        le = decay.kappa*le + e_bar
+        lv = decay.alpha*lv + (le - lv)/(1 + jnp.abs(v - 1))**2
+        return (lv, le, total + lv), (lv,)*len(drive)
+
+    rest = jnp.zeros_like(v[0])
+    (_, _, bias_bar), drive_bar = jax.lax.scan(step, (rest, rest, rest), (v, e_bar), reverse=True)
+    return bias_bar, drive_bar
+
+
+lif_trace.defvjp(_lif_forward, _lif_backward)
+
+
+# ---- network --------------------------------------------------------------------------------------------------------
+
+def level(n_bits, x):
+    """Index of the input converter's level for x, clipped to its span."""
+    low, high = X_RANGE
+    return jnp.clip(jnp.floor((x - low)/(high - low)*2**n_bits), 0, 2**n_bits - 1).astype(jnp.int32)
+
+
+def level_centres(n_bits):
+    """The input that each level stands for, the centre of its cell, [2^n_bits]."""
+    low, high = X_RANGE
+    return low + (high - low)*(jnp.arange(2**n_bits, dtype=jnp.float32) + 0.5)/2**n_bits
+
+
+def mean_spikes(kappa, e):
+    """Mean spikes per step behind the traces e [T, ...]: inverts e ← κ e + z."""
+    return ((1 - kappa)*jnp.mean(e) + kappa*jnp.mean(e[-1])/e.shape[0])
+
+
+def simulate(decay, w, u):
+    """Activity of the network with weights w (a Network of [rows, cols]) for each of the inputs u [L].
+
+    Layer 1 feeds nothing back, so each layer is run through all steps at once, levels and neurons flattened, and the
+    drive of layer 1 is a single product."""
+    n_levels = u.shape[0]
+    bias0 = jnp.stack([u, jnp.ones_like(u)], 1) @ w.hidden0
+    z0 = lif_trace(decay._replace(kappa=0.0), bias0.reshape(-1), ())
+    drive = z0.reshape(N_STEPS*n_levels, -1) @ w.hidden1[:-1]
+    e = lif_trace(decay, jnp.tile(w.hidden1[-1], n_levels), (drive.reshape(N_STEPS, -1),))
+    return Activity(e.reshape(N_STEPS, n_levels, -1), mean_spikes(0.0, z0), mean_spikes(decay.kappa, e))
+
+
+def each(f, key, *networks):
+    """Network of f(key, crossbar, ...) with an own key for each crossbar."""
+    keys = Network(*jax.random.split(key, len(Network._fields)))
+    return Network(*map(f, keys, *networks))
+
+
+def init(key, device, n_h0, n_h1):
+    """Conductances in µS at the start of meta-training: a Network of [2, rows, cols]."""
+    key0, key1 = jax.random.split(key)
+    bound = (6/(n_h0 + n_h1))**0.5
+    w0 = jax.random.uniform(key0, (2, n_h0), minval=-1.0, maxval=1.0)
+    w1 = jax.random.uniform(key1, (n_h0, n_h1), minval=-bound, maxval=bound)
+    w1 = jnp.concatenate([w1, jnp.zeros((1, n_h1))])
+    return Network(analog.conductances(device, w0), analog.conductances(device, w1), jnp.full((2, n_h1, 1), G_READOUT))

@@ -1,0 +1,768 @@
+"""Meta-train a spiking network so that a few coarse, noisy pulses at its readout teach it a new task, and test it.
+
+    deploy        new task: read     pulse(s)            meta-training query     meta-test
+    t = 0 s       tread = 100 s      tprog = 101 s       tprog + twait = 151 s   ttest = 251 s
+                                     (+1 s per further inner step)
+
+Inner loop, on the chip: the delta rule on the readout, each synapse pulsed up, down or not as its gradient passes the
+comparator's threshold. Outer loop, offline: Adam on the conductances that chips are programmed to and on the thresholds,
+through reads, drift and pulses (MAML: Finn, Abbeel, Levine, ICML 2017). The task is regression of A sin(x + φ).
+
+Both loops use closed forms. With e [T, L, H1] the traces of one read of the hidden crossbars for each of L input levels,
+S_l = mean_t e eᵀ and m_l = mean_t e, a task's gradient is 2·mean_n(S_l(n) W − y_n m_l(n)) over its samples n, and its
+expected squared error over all inputs is Wᵀ mean_l(S_l) W − 2·mean_l(ȳ_l m_l)·W + E[y²].
+"""
+import argparse
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import signal
+import sys
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.example_libraries import optimizers
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import analog
+import network
+
+CHUNK = 200         # meta-iterations between two checkpoints and rows of metrics.csv
+TEST_CHIPS = 64     # chips tested at a time, and for a row of metrics.csv
+MSE_ZERO, MSE_MEAN = 4.252, 3.006    # yardsticks: predicting 0; the best function that ignores the task
+FIGURES = Path("img")
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
+
+def flag(default, unit, help):
+    return dataclasses.field(default=default, metadata={"unit": unit, "help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run, and the command line."""
+    seed: int = flag(0, "N", "seed of every random draw")
+    n_iter: int = flag(20_000, "N", "meta-iterations")
+    device: str = flag("pcm", "NAME|FILE", "device model: pcm, pcm_history, perf, or a JSON file of constants")
+    perf: bool = flag(False, "", "ideal devices, the same as --device perf")
+    n_inner: int = flag(1, "N", "inner steps: times that a new task is looked at and pulsed")
+    n_bits: int = flag(2, "BITS", "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and step")
+    grad_thr: float = flag(1.0, "MSE/W", "comparator's threshold at the start; it is meta-learned")
+    task_size: int = flag(20, "N", "support samples of a task")
+    batch_train: int = flag(256, "N", "tasks per chip and meta-iteration")
+    n_chips: int = flag(1, "N", "chips per meta-iteration, each with noise, drift and tasks of its own")
+    batch_test: int = flag(1024, "N", "tasks of the meta-test, each on a chip of its own")
+    n_h0: int = flag(40, "N", "neurons of layer 0")
+    n_h1: int = flag(40, "N", "neurons of layer 1")
+    dac_bits: int = flag(7, "BITS", "resolution of the input converter")
+    tau_mem: float = flag(0.01, "S", "time constant of the membranes, s")
+    tau_out: float = flag(0.001, "S", "time constant of the readout, s")
+    lr_out: float = flag(0.03, "UM", "step size of Adam, µS and ln of threshold")
+    lr_drop: int = flag(None, "N", "meta-iteration from which lr_out is divided by 10 (default: 60 %% of n_iter)")
+    off_noise: float = flag(0.05, "SHARE", "programming error injected in meta-training, of a crossbar's largest G")
+    target_fr: float = flag(2.0, "RATE", "target firing rate, spikes per 10 ms (2 = 200 Hz)")
+    lambda_fr: float = flag(0.0, "WEIGHT", "weight of (target_fr − rate)², summed over the layers, in the outer loss")
+    tread: float = flag(100.0, "S", "time of the first read of a new task, s since deployment")
+    tprog: float = flag(101.0, "S", "time of its first pulse, s; each further inner step is 1 s later")
+    twait: float = flag(50.0, "S", "from tprog to the query in meta-training, s")
+    ttest: float = flag(251.0, "S", "time of the query in the meta-test, s since deployment")
+    run_dir: str = flag(None, "DIR", "folder of this run (default: run/ and the device's name)")
+    resume: bool = flag(False, "", "go on from the run folder's checkpoint; once n_iter is reached, only test")
+
+
+class UserError(Exception):
+    """Something that the user can mend; its message is the one line shown, its status the exit status."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+# ---- tasks: to learn another family, replace the class and the two functions after it -------------------------------
+
+class Sinusoid(NamedTuple):
+    """A sin(x + φ) for B tasks, as a·sin x + b·cos x: sines are then taken of x alone. Fields [B]."""
+    a: jax.Array
+    b: jax.Array
+
+
+def draw_tasks(key, n):
+    """n tasks, A ~ U[0.1, 5] and φ ~ U[0, π]."""
+    amplitude_key, phase_key = jax.random.split(key)
+    amplitude = jax.random.uniform(amplitude_key, (n,), minval=0.1, maxval=5.0)
+    phase = jax.random.uniform(phase_key, (n,), minval=0.0, maxval=np.pi)
+    return Sinusoid(amplitude*jnp.cos(phase), amplitude*jnp.sin(phase))
+
+
+def target(tasks, x):
+    """y [..., B] of every task at its inputs x [..., B] or [..., 1]."""
+    return tasks.a*jnp.sin(x) + tasks.b*jnp.cos(x)
+
+
+class Support(NamedTuple):
+    """Samples of B tasks, added up by input level."""
+    share: jax.Array    # [L, B], share of the samples at the level
+    y: jax.Array        # [L, B], sum of their targets over the number of samples
+
+
+class Query(NamedTuple):
+    """Targets of B tasks over the whole input range."""
+    y: jax.Array        # [L, B], mean target over the level's cell
+    y2: jax.Array       # [B], mean squared target
+
+
+def draw_support(key, cfg, tasks):
+    """Inputs x ~ U over the converter's span and targets, [task_size, B] each."""
+    low, high = network.X_RANGE
+    x = jax.random.uniform(key, (cfg.task_size, *tasks[0].shape), minval=low, maxval=high)
+    return x, target(tasks, x)
+
+
+def by_level(cfg, x, y):
+    """Support of the samples x, y [N, B]."""
+    at = network.level(cfg.dac_bits, x), jnp.arange(x.shape[1])
+    empty = jnp.zeros((2**cfg.dac_bits, x.shape[1]))
+    return Support(empty.at[at].add(1/len(x)), empty.at[at].add(y/len(x)))
+
+
+def query_targets(cfg, tasks):
+    """Query by Gauss-Legendre quadrature over each level's cell: the converter's error is counted in full."""
+    low, high = network.X_RANGE
+    quadrature = np.polynomial.legendre.leggauss(max(2, 64//2**cfg.dac_bits))
+    node, weight = np.float32(quadrature)[..., None, None]
+    x = network.level_centres(cfg.dac_bits)[:, None] + node*(high - low)/2**(cfg.dac_bits + 1)
+    y = target(tasks, x)    # [nodes, L, B]
+    return Query(jnp.sum(weight/2*y, 0), jnp.sum(weight/2*y**2, 0).mean(0))
+
+
+# ---- inner loop: one chip, B tasks ----------------------------------------------------------------------------------
+
+class Times(NamedTuple):
+    """Of an episode, in s since deployment: first read, first pulse, query."""
+    read: float
+    prog: float
+    query: float
+
+
+class Step(NamedTuple):
+    """State after an inner step."""
+    readout: analog.Crossbar    # [2, H1, B], every task's own copy
+    pulses: jax.Array           # [2, H1, B], pulses fired in the step
+
+
+def read_weights(key, device, xbar, t):
+    return analog.weights(device, analog.read(key, device, xbar, t))
+
+
+def activity(key, cfg, device, chip, t):
+    """Activity of every input level, from one read of the hidden crossbars at time t (s)."""
+    decay = network.Decay(*(float(np.exp(-network.DT/tau)) for tau in (cfg.tau_mem, cfg.tau_out)))
+    w = network.each(lambda key, xbar: read_weights(key, device, xbar, t), key, chip)
+    return network.simulate(decay, w, network.level_centres(cfg.dac_bits))
+
+
+def delta_rule(e, w, support):
+    """Gradient [H1, B] of the support's squared error, mean over samples and steps, at the readouts w [H1, B].
+
+    With one readout for all tasks, w [H1, 1], S_l w is formed without S_l."""
+    n_steps, n_levels, n_h1 = e.shape
+    if w.shape[1] == 1:
+        products = jnp.mean((e @ w)*e, 0).T @ support.share
+    else:
+        by_level = jnp.swapaxes(e, 0, 1)
+        s = jnp.einsum("lti,ltj->lij", by_level, by_level).reshape(n_levels, -1)/n_steps
+        products = jnp.sum((s.T @ support.share).reshape(n_h1, n_h1, -1)*w, 1)
+    return 2*(products - jnp.mean(e, 0).T @ support.y)
+
+
+def fire(key, cfg, device, readout, gradient, theta, t):
+    """Step of the readouts by up to 2^(n_bits−1) − 1 pulses at time t: on G+, Σ_j H(−g − jθ); on G−, Σ_j H(g − jθ)."""
+    u = jnp.stack([-gradient, gradient])
+
+    def pulse(step, inputs):
+        key, j = inputs
+        mask = network.spike(u - j*theta)
+        return Step(analog.set_pulse(key, device, step.readout, mask, t), step.pulses + mask), None
+
+    n_pulses = 2**(cfg.n_bits - 1) - 1
+    inputs = jax.random.split(key, n_pulses), jnp.arange(1.0, n_pulses + 1)
+    return jax.lax.scan(pulse, Step(readout, jnp.zeros_like(u)), inputs)[0]
+
+
+def adapt(key, cfg, device, chip, theta, support, times):
+    """The n_inner steps, each from a read of all crossbars; the first read of the chip serves all its tasks."""
+    readout, steps = chip.readout, []
+    for k in range(cfg.n_inner):
+        key, hidden_key, read_key, pulse_key = jax.random.split(key, 4)
+        t_pulse = times.prog + k
+        t_read = t_pulse if k else times.read
+        e = activity(hidden_key, cfg, device, chip, t_read).trace
+        gradient = delta_rule(e, read_weights(read_key, device, readout, t_read), support)
+        readout = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *gradient.shape)), readout)
+        steps.append(fire(pulse_key, cfg, device, readout, gradient, theta[k], t_pulse))
+        readout = steps[-1].readout
+    return steps
+
+
+def mse(e, w, query):
+    """Squared error [B] of the readouts w [H1, B] in expectation over the inputs, mean over the steps of e [T, L, H1]."""
+    rows = e.reshape(-1, e.shape[-1])
+    correlation = jnp.mean(e, 0).T @ query.y/e.shape[1]
+    return jnp.sum(w*((rows.T @ rows) @ w/len(rows) - 2*correlation), 0) + query.y2
+
+
+# ---- outer loop -----------------------------------------------------------------------------------------------------
+
+class Meta(NamedTuple):
+    """The meta-parameters."""
+    g: network.Network      # µS, the conductances that chips are programmed to
+    log_theta: jax.Array    # [n_inner], ln of the comparator's thresholds
+
+
+class Metrics(NamedTuple):
+    """Of a meta-iteration: loss of the query, firing rates in Hz and pulses of an adaptation."""
+    loss: jax.Array
+    rate0: jax.Array
+    rate1: jax.Array
+    pulses: jax.Array
+
+
+def deploy(key, device, meta):
+    return network.each(lambda key, g: analog.fabricate(key, device, g), key, meta.g)
+
+
+def meta_loss(meta, key, cfg, device):
+    """Outer loss of one chip and its tasks, and its Metrics."""
+    task_key, support_key, chip_key, adapt_key, hidden_key, read_key = jax.random.split(key, 6)
+    tasks = draw_tasks(task_key, cfg.batch_train)
+    support = by_level(cfg, *draw_support(support_key, cfg, tasks))
+    times = Times(cfg.tread, cfg.tprog, cfg.tprog + cfg.twait)
+    chip = deploy(chip_key, device._replace(prog_err=cfg.off_noise), meta)
+    steps = adapt(adapt_key, cfg, device, chip, jnp.exp(meta.log_theta), support, times)
+    active = activity(hidden_key, cfg, device, chip, times.query)
+    w = read_weights(read_key, device, steps[-1].readout, times.query)
+    loss = mse(active.trace, w, query_targets(cfg, tasks)).mean()
+    rates = active.rate0, active.rate1
+    penalty = sum((cfg.target_fr - 0.01/network.DT*rate)**2 for rate in rates)
+    pulses = sum(step.pulses.sum((0, 1)).mean() for step in steps)
+    return loss + cfg.lambda_fr*penalty, Metrics(loss, *(rate/network.DT for rate in rates), pulses)
+
+
+def optimizer(cfg):
+    """Adam with lr_out, divided by 10 from step lr_drop on: (init, update, parameters of a state)."""
+    return optimizers.adam(lambda step: cfg.lr_out*jnp.where(step < cfg.lr_drop, 1.0, 0.1))
+
+
+def start(cfg, device):
+    """Optimizer state before training."""
+    g = network.init(stream(cfg, 0), device, cfg.n_h0, cfg.n_h1)
+    return optimizer(cfg)[0](Meta(g, jnp.full(cfg.n_inner, np.log(cfg.grad_thr), jnp.float32)))
+
+
+def stream(cfg, index):
+    """Key of the start (0), of meta-training (1), of the meta-test (2) or of the drift study (3)."""
+    return jax.random.fold_in(jax.random.key(cfg.seed), index)
+
+
+def project(device, state):
+    """Optimizer state with its conductances clipped to the device's range."""
+    *conductances, threshold = state.packed_state
+    clipped = [[jnp.clip(g, device.g_min, device.g_max), *moments] for g, *moments in conductances]
+    return optimizers.OptimizerState((*clipped, threshold), state.tree_def, state.subtree_defs)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def train_chunk(cfg, device, state, first, last):
+    """Optimizer state after meta-iterations first … last − 1, and their mean Metrics."""
+    _, update, parameters = optimizer(cfg)
+
+    def loss(meta, key):
+        keys = jax.random.split(key, cfg.n_chips)
+        losses, metrics = jax.vmap(lambda key: meta_loss(meta, key, cfg, device))(keys)
+        return losses.mean(), jax.tree.map(jnp.mean, metrics)
+
+    def iterate(step, carry):
+        state, total = carry
+        key = jax.random.fold_in(stream(cfg, 1), step)
+        gradient, metrics = jax.grad(loss, has_aux=True)(parameters(state), key)
+        state = project(device, update(step.astype(jnp.float32), gradient, state))
+        return state, jax.tree.map(jnp.add, total, metrics)
+
+    state, total = jax.lax.fori_loop(first, last, iterate, (state, Metrics(0.0, 0.0, 0.0, 0.0)))
+    return state, jax.tree.map(lambda x: x/(last - first), total)
+
+
+# ---- meta-test ------------------------------------------------------------------------------------------------------
+
+class Episode(NamedTuple):
+    """One task on one freshly programmed chip; K inner steps."""
+    mse: jax.Array         # [K+1], all time steps, before adaptation and after each inner step
+    mse_last: jax.Array    # [K+1], at the last time step
+    pulses: jax.Array      # fired in all
+    touched: jax.Array     # share of the 2·H1 readout devices
+    rate0: jax.Array       # Hz
+    rate1: jax.Array
+    dw: jax.Array          # mean |ΔW| of a programmed synapse
+    dw_gd: jax.Array       # mean |ΔW| of a first step of gradient descent at the largest stable rate
+    x: jax.Array           # [task_size], support
+    y: jax.Array
+    curves: jax.Array      # [3, L], over the levels: truth, mean output before and after
+
+
+def episode(key, cfg, device, meta, times):
+    task_key, support_key, chip_key, adapt_key, hidden_key, read_key = jax.random.split(key, 6)
+    tasks = draw_tasks(task_key, 1)
+    x, y = draw_support(support_key, cfg, tasks)
+    support, query = by_level(cfg, x, y), query_targets(cfg, tasks)
+    chip = deploy(chip_key, device, meta)
+    steps = adapt(adapt_key, cfg, device, chip, jnp.exp(meta.log_theta), support, times)
+    active = activity(hidden_key, cfg, device, chip, times.query)
+    readouts = [chip.readout, *(step.readout for step in steps)]
+    w = [read_weights(key, device, readout, times.query)
+         for key, readout in zip(jax.random.split(read_key, len(readouts)), readouts)]
+    e = active.trace
+    pulses = sum(step.pulses for step in steps)
+    touched = pulses.sum(0) > 0
+    before, after = (analog.weights(device, readout.g) for readout in (readouts[0], readouts[-1]))
+    dw = jnp.sum(jnp.abs(after - before)*touched)/jnp.maximum(touched.sum(), 1)
+    hessian = 2*jnp.einsum("tli,tlj,l->ij", e, e, support.share[:, 0])/len(e)
+    dw_gd = 2/jnp.linalg.eigvalsh(hessian)[-1]*jnp.mean(jnp.abs(delta_rule(e, w[0], support)))
+    curves = jnp.stack([query.y[:, 0], *(e.mean(0) @ w[i][:, 0] for i in (0, -1))])
+    return Episode(jnp.stack([mse(e, w, query)[0] for w in w]), jnp.stack([mse(e[-1:], w, query)[0] for w in w]),
+                   pulses.sum(), jnp.mean(pulses > 0), active.rate0/network.DT, active.rate1/network.DT,
+                   dw, dw_gd, x[:, 0], y[:, 0], curves)
+
+
+def adapt_again(key, cfg, device, meta, t):
+    """Squared errors [4] of one chip at age t (s): never adapted, adapted once at tprog, adapted again to the same task
+    at t with the query at t + ttest − tprog, and that again with pulses that act on the drifted conductances."""
+    task_key, support_key, chip_key, *keys = jax.random.split(key, 9)
+    tasks = draw_tasks(task_key, 1)
+    support, query = by_level(cfg, *draw_support(support_key, cfg, tasks)), query_targets(cfg, tasks)
+    chip, theta = deploy(chip_key, device, meta), jnp.exp(meta.log_theta)
+    first, again = Times(cfg.tread, cfg.tprog, t), Times(t - 1.0, t, t + cfg.ttest - cfg.tprog)
+
+    def error(key, readout, t):
+        hidden_key, read_key = jax.random.split(key)
+        e = activity(hidden_key, cfg, device, chip, t).trace
+        return mse(e, read_weights(read_key, device, readout, t), query)[0]
+
+    once = adapt(keys[0], cfg, device, chip, theta, support, first)[-1].readout
+    twice = [adapt(keys[1], cfg, device._replace(set_on_drifted=on_drifted), chip._replace(readout=once), theta, support,
+                   again)[-1].readout for on_drifted in (0.0, 1.0)]
+    return jnp.stack([error(keys[2], chip.readout, first.query), error(keys[2], once, first.query),
+                      *(error(keys[3], readout, again.query) for readout in twice)])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def on_chips(experiment, cfg, device, keys, meta, when):
+    """experiment(key, cfg, device, meta, when) of every key's own chip, stacked."""
+    return jax.lax.map(lambda key: experiment(key, cfg, device, meta, when), keys)
+
+
+def test(experiment, cfg, device, meta, when, n, key):
+    """on_chips for n chips, TEST_CHIPS at a time so that one compiled program serves any n; NumPy arrays [n, ...]."""
+    keys = jax.random.split(key, -(-n//TEST_CHIPS)*TEST_CHIPS).reshape(-1, TEST_CHIPS)
+    parts = [jax.device_get(on_chips(experiment, cfg, device, batch, meta, when)) for batch in keys]
+    return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
+
+
+def summary(x):
+    """Mean and half-width of its 95 % confidence interval over axis 0."""
+    return {"mean": np.mean(x, 0).tolist(), "ci95": (1.96*np.std(x, 0, ddof=1)/len(x)**0.5).tolist(), "n": len(x)}
+
+
+# ---- run folder -----------------------------------------------------------------------------------------------------
+
+COLUMNS = ("step", "loss", "rate0_hz", "rate1_hz", "pulses", "test_before", "test_mse", "test_ci95")
+
+
+def write(path, data):
+    """Replace the file as a whole: a reader, or a run killed at any moment, finds the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was saved before is untouched", 1) from None
+
+
+def digest(arrays):
+    text = hashlib.sha256()
+    for name in sorted(arrays):
+        text.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes())
+    return np.frombuffer(text.digest(), np.uint8)
+
+
+class Checkpoint(NamedTuple):
+    """All that a run needs to go on: optimizer state, next step, rows of metrics.csv, and the settings it was made with."""
+    state: optimizers.OptimizerState
+    step: int
+    rows: list
+    settings: dict
+
+
+def names_of_state():
+    return [name + moment for name in (*network.Network._fields, "log_theta") for moment in ("", "_m", "_v")]
+
+
+def save(folder, checkpoint):
+    """checkpoint.npz and metrics.csv, the second from the first's rows."""
+    arrays = dict(zip(names_of_state(), map(np.asarray, jax.tree.leaves(checkpoint.state))))
+    arrays |= {"theta": np.exp(arrays["log_theta"]), "step": np.array(checkpoint.step),
+               "rows": np.array(checkpoint.rows, np.float64), "settings": np.array(json.dumps(checkpoint.settings))}
+    file = io.BytesIO()
+    np.savez(file, **arrays, digest=digest(arrays))
+    write(folder/"checkpoint.npz", file.getvalue())
+    table = io.StringIO()
+    header = [*COLUMNS, *(f"theta_{k}" for k in range(len(arrays["theta"])))]
+    csv.writer(table).writerows([header, *([int(row[0]), *row[1:]] for row in checkpoint.rows)])
+    write(folder/"metrics.csv", table.getvalue().encode())
+
+
+def load(folder):
+    """The folder's Checkpoint; a file that is not exactly as it was written is refused."""
+    path = folder/"checkpoint.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if not np.array_equal(arrays.pop("digest"), digest(arrays)):
+            raise ValueError("its contents are not those that were written")
+        settings = json.loads(str(arrays["settings"]))
+        shape = start(*settled(settings))
+        state = jax.tree.unflatten(jax.tree.structure(shape), [jnp.asarray(arrays[name]) for name in names_of_state()])
+        return Checkpoint(state, int(arrays["step"]), arrays["rows"].tolist(), settings)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: nothing to resume") from None
+    except Exception as error:    # a damaged archive fails in many ways, all the same to the user
+        raise UserError(f"{path} is damaged or no checkpoint ({error}); nothing was changed") from None
+
+
+def settled(settings):
+    """Config and Device of a checkpoint's settings."""
+    constants = {name: tuple(x) if isinstance(x, list) else x for name, x in settings["device_constants"].items()}
+    known = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{name: x for name, x in settings.items() if name in known}), analog.Device(**constants)
+
+
+def hold(folder):
+    """The folder, made if need be and locked to this process until it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder/".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another run; name another with --run_dir") from None
+    except OSError as error:
+        raise UserError(f"cannot use the run folder {folder}: {error.strerror}; name another with --run_dir") from None
+    return lock
+
+
+def move_aside(folder):
+    """Rename a folder that holds a checkpoint to the first free folder.1, folder.2, ..."""
+    n = 1
+    while (free := folder.with_name(f"{folder.name}.{n}")).exists():
+        n += 1
+    folder.rename(free)
+    print(f"earlier run: {folder} is now {free}")
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def given(argv):
+    """The flags on the command line, as a dictionary."""
+    parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    for field in dataclasses.fields(Config):
+        default = "" if field.default in (None, False) else f" (default: {field.default})"
+        kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": field.metadata["unit"]}
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=field.metadata["help"] + default, **kind)
+    return vars(parser.parse_args(argv))
+
+
+def check(cfg):
+    """Refuse settings that make no sense."""
+    for name, low, high in (("n_iter", 0, 2**31 - 1), ("seed", 0, 2**32 - 1), ("n_inner", 1, 64), ("n_bits", 2, 8),
+                            ("dac_bits", 1, 12), ("lr_drop", 0, 2**31 - 1),
+                            *((name, 1, 2**20) for name in ("task_size", "n_h0", "n_h1", "batch_train", "batch_test",
+                                                            "n_chips"))):
+        if not low <= getattr(cfg, name) <= high:
+            raise UserError(f"--{name} must be from {low} to {high}, not {getattr(cfg, name)}")
+    for name in ("lr_out", "tau_mem", "tau_out", "grad_thr"):
+        if not 0 < getattr(cfg, name) < np.inf:
+            raise UserError(f"--{name} must be positive and finite, not {getattr(cfg, name)}")
+    for name in ("off_noise", "target_fr", "lambda_fr", "tread", "twait", "ttest"):
+        if not 0 <= getattr(cfg, name) < np.inf:
+            raise UserError(f"--{name} must be finite and not negative, not {getattr(cfg, name)}")
+    last = cfg.tprog + cfg.n_inner - 1
+    if not (cfg.tread < cfg.tprog and cfg.twait >= cfg.n_inner and cfg.ttest > last):
+        raise UserError(f"times are out of order: they must keep tread ({cfg.tread:g}) < tprog ({cfg.tprog:g}), twait "
+                        f"({cfg.twait:g}) ≥ n_inner ({cfg.n_inner}) and ttest ({cfg.ttest:g}) > last pulse ({last:g})")
+
+
+def configure(flags):
+    """Config and Device of a fresh run."""
+    if flags.get("perf") and flags.get("device", "perf") != "perf":
+        raise UserError("--perf is --device perf: give one of the two")
+    cfg = Config(**flags)
+    try:
+        device = analog.load_device("perf" if cfg.perf else cfg.device)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    cfg = dataclasses.replace(cfg, device=device.name, perf=device.name == "perf",
+                              lr_drop=cfg.n_iter*6//10 if cfg.lr_drop is None else cfg.lr_drop,
+                              run_dir=cfg.run_dir or f"run/{device.name}")
+    check(cfg)
+    return cfg, device
+
+
+MAY_CHANGE = ("n_iter", "batch_test", "ttest", "run_dir", "resume")    # between a checkpoint and its --resume
+
+
+def resumed(flags, folder):
+    """Config, Device and Checkpoint of a folder's run, with the flags that may change."""
+    checkpoint = load(folder)
+    cfg, device = settled(checkpoint.settings)
+    for name, value in flags.items():
+        if name not in MAY_CHANGE and value != getattr(cfg, name):
+            raise UserError(f"{folder} holds a run with --{name} {getattr(cfg, name)}, not {value}: resume it without "
+                            "that flag, or start another with --run_dir")
+    cfg = dataclasses.replace(cfg, **{name: value for name, value in flags.items() if name in MAY_CHANGE})
+    check(cfg)
+    if cfg.n_iter != checkpoint.settings["n_iter"] and "lr_drop" not in flags:
+        print(f"schedule: lr_out drops at iteration {cfg.lr_drop}, as in the checkpoint")
+    return cfg, device, checkpoint
+
+
+def prepare(argv):
+    """Config, Device, run folder, its lock and the Checkpoint to go on from."""
+    flags = given(argv)
+    if flags.get("resume"):
+        named = flags.get("run_dir") or f"run/{configure(flags)[1].name}"
+        if not Path(named).is_dir():
+            raise UserError(f"there is no run folder {named} to resume; name it with --run_dir")
+        lock = hold(Path(named))
+        return *resumed({**flags, "run_dir": named}, Path(named)), Path(named), lock
+    cfg, device = configure(flags)
+    folder = Path(cfg.run_dir)
+    lock = hold(folder)
+    if (folder/"checkpoint.npz").exists():
+        move_aside(folder)
+        lock = hold(folder)
+    settings = {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
+    return cfg, device, Checkpoint(start(cfg, device), 0, [], settings), folder, lock
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+TRUTH, BEFORE, AFTER, LATE = "black", "#999999", "#0072B2", "#D55E00"    # one colour a quantity, told apart in grey
+
+
+def save_figure(figure, name, device):
+    path = FIGURES/f"{name}{'' if device.name == 'pcm' else '_' + device.name}.png"
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150)
+    write(path, image.getvalue())
+    return path
+
+
+def band(axes, x, values, **style):
+    """Mean of values [n, len(x)] with its 95 % confidence interval."""
+    mean, half = (np.asarray(summary(values)[key]) for key in ("mean", "ci95"))
+    axes.plot(x, mean, **style)
+    axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.25, lw=0)
+
+
+def draw_training(rows):
+    """Outer loss and test error against meta-iterations."""
+    row = dict(zip(COLUMNS, np.array(rows).T))
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for level, label in ((MSE_ZERO, "predicting 0"), (MSE_MEAN, "best function that ignores the task")):
+        axes.axhline(level, color=TRUTH, lw=1, ls=":")
+        axes.text(row["step"][-1], level*1.02, label, ha="right", va="bottom", fontsize=9)
+    axes.plot(row["step"], row["test_before"], color=BEFORE, label="meta-test, before adaptation")
+    axes.plot(row["step"], row["loss"], color=LATE, ls="--", label="outer loss, meta-training tasks")
+    axes.plot(row["step"], row["test_mse"], color=AFTER, label=f"meta-test, after adaptation ({TEST_CHIPS} chips)")
+    axes.fill_between(row["step"], row["test_mse"] - row["test_ci95"], row["test_mse"] + row["test_ci95"],
+                      color=AFTER, alpha=0.2, lw=0)
+    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log")
+    axes.set_yticks([0.5, 1, 2, 3, 5], ["0.5", "1", "2", "3", "5"], minor=False)
+    axes.legend(fontsize=9, loc="center right")
+    return figure
+
+
+def draw_testing(cfg, episodes):
+    """Four tasks before and after adaptation, and the error against inner steps."""
+    figure = Figure(figsize=(9.6, 4.6), layout="constrained")
+    axes = figure.subplot_mosaic("ABE\nCDE", width_ratios=(1, 1, 1.1))
+    x = network.level_centres(cfg.dac_bits)
+    for i, panel in enumerate("ABCD"):
+        truth, before, after = episodes.curves[i]
+        axes[panel].plot(x, truth, color=TRUTH, lw=1.2, label="task")
+        axes[panel].plot(x, before, color=BEFORE, lw=1.2, ls="--", label="before")
+        axes[panel].plot(x, after, color=AFTER, lw=1.6, label="after")
+        axes[panel].plot(episodes.x[i], episodes.y[i], "o", color=LATE, ms=4, label="support")
+        axes[panel].set(xlim=network.X_RANGE, xlabel="x" if panel in "CD" else None,
+                        ylabel="y, mean over time" if panel in "AC" else None)
+    axes["A"].legend(fontsize=8, loc="best", ncols=2)
+    steps = np.arange(cfg.n_inner + 1)
+    for values, color, style, label in ((episodes.mse, AFTER, "-", "all time steps"),
+                                        (episodes.mse_last, LATE, "--", "last time step")):
+        band(axes["E"], steps, values, color=color, ls=style, marker="o", label=label)
+    axes["E"].set(xlabel="inner steps", ylabel="mean squared error", xticks=steps, ylim=0)
+    axes["E"].set_title(f"{len(episodes.mse)} tasks, a chip each; 95 % band", fontsize=9)
+    axes["E"].legend(fontsize=9)
+    return figure
+
+
+def draw_drift(ages, errors):
+    """Error against time since deployment; errors [n, ages, 4] as adapt_again returns them."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    styles = (BEFORE, "-", "never adapted"), (AFTER, "-", "adapted once, at 101 s"), \
+        (LATE, "--", "adapted again at that time"), (TRUTH, ":", "the same, pulses act on the drifted G")
+    for i, (color, style, label) in enumerate(styles):
+        band(axes, ages, errors[:, :, i], color=color, ls=style, label=label)
+    axes.set(xscale="log", xlabel="time since deployment (s)", ylabel="mean squared error", ylim=0)
+    axes.set_title(f"{len(errors)} tasks, a chip each; 95 % band", fontsize=9)
+    axes.legend(fontsize=9)
+    return figure
+
+
+# ---- main -----------------------------------------------------------------------------------------------------------
+
+def assert_sound(metrics, step, folder):
+    """Stop a run that has diverged; the last checkpoint stands."""
+    def stop(what, advice):
+        raise UserError(f"stopped at iteration {step}: {what}; {advice}. The last good checkpoint is in {folder}", 1)
+
+    if not all(np.isfinite(metrics)):
+        stop("the loss is not finite", "try a smaller --lr_out")
+    for layer, rate in ((0, metrics.rate0), (1, metrics.rate1)):
+        if rate <= 0:
+            stop(f"all neurons of layer {layer} are silent", "try a smaller --lr_out, or --lambda_fr 0.01")
+        if rate >= 0.999/network.DT:
+            stop(f"all neurons of layer {layer} fire at every step", "try a smaller --lr_out, or --lambda_fr 0.01")
+
+
+def train(cfg, device, checkpoint, folder):
+    """Meta-train up to n_iter, saving a checkpoint every CHUNK iterations."""
+    times = Times(cfg.tread, cfg.tprog, cfg.ttest)
+    with tqdm(total=cfg.n_iter, initial=checkpoint.step, disable=None, unit="it", dynamic_ncols=True) as bar:
+        while checkpoint.step < cfg.n_iter:
+            last = min((checkpoint.step//CHUNK + 1)*CHUNK, cfg.n_iter)
+            state, metrics = jax.device_get(train_chunk(cfg, device, checkpoint.state, checkpoint.step, last))
+            assert_sound(metrics, last, folder)
+            meta = optimizer(cfg)[2](state)
+            tested = summary(test(episode, cfg, device, meta, times, TEST_CHIPS, stream(cfg, 2)).mse)
+            row = [last, *metrics, tested["mean"][0], tested["mean"][-1], tested["ci95"][-1], *np.exp(meta.log_theta)]
+            checkpoint = checkpoint._replace(state=state, step=last, rows=[*checkpoint.rows, row])
+            save(folder, checkpoint)
+            bar.update(last - bar.n)
+            bar.set_postfix_str(f"loss {metrics.loss:.3f}, test {tested['mean'][-1]:.3f}")
+    return checkpoint
+
+
+AGES = np.logspace(2, 7, 11).astype(np.float32) + 51    # s: 151 s, the age of the query in meta-training, and later
+
+
+def meta_test(cfg, device, checkpoint):
+    """Episodes, errors of the drift study [n, ages, 4] and the summary for results.json."""
+    meta = optimizer(cfg)[2](checkpoint.state)
+    times = Times(cfg.tread, cfg.tprog, cfg.ttest)
+    episodes = test(episode, cfg, device, meta, times, cfg.batch_test, stream(cfg, 2))
+    n_drift = min(cfg.batch_test, 4*TEST_CHIPS)
+    errors = np.stack([test(adapt_again, cfg, device, meta, age, n_drift, stream(cfg, 3)) for age in AGES], 1)
+    scalars = {name: summary(getattr(episodes, name)) for name in Episode._fields if name not in ("x", "y", "curves")}
+    names = "never", "once", "again", "again_on_drifted"
+    drift = {"age_s": AGES.tolist(), **{name: summary(errors[:, :, i]) for i, name in enumerate(names)}}
+    return episodes, errors, {"step": checkpoint.step, **scalars, "theta": np.exp(meta.log_theta).tolist(), "drift": drift}
+
+
+def report(results):
+    """The result table."""
+    def line(label, x, index=..., unit="", scale=1):
+        mean, half = (scale*np.asarray(x[key])[index] for key in ("mean", "ci95"))
+        print(f"  {label:<44}{mean:9.3f} ± {half:.3f} {unit}")
+
+    print(f"{results['mse']['n']} tasks, each on its own freshly programmed chip; mean ± 95 % interval")
+    line("MSE before adaptation, all time steps", results["mse"], 0)
+    for k in range(1, len(results["mse"]["mean"])):
+        line(f"MSE after inner step {k}", results["mse"], k)
+    line("MSE after adaptation, last time step", results["mse_last"], -1)
+    line("pulses per adaptation", results["pulses"])
+    line("readout devices touched", results["touched"], unit="%", scale=100)
+    line("firing rate, layer 0", results["rate0"], unit="Hz")
+    line("firing rate, layer 1", results["rate1"], unit="Hz")
+    line("|ΔW| per programmed synapse", results["dw"])
+    print(f"  {'  over a step of gradient descent (stable)':<44}{results['dw']['mean']/results['dw_gd']['mean']:9.1f}")
+    print(f"  {'  over a step of Adam at 1e-3':<44}{results['dw']['mean']/1e-3:9.1f}")
+
+
+def announce(cfg, device, folder, step):
+    mode = f"{device.name} devices, seed {cfg.seed}, run folder {folder}"
+    print(f"meta-analog on {jax.default_backend()} ({jax.device_count()} devices, {os.cpu_count()} cores): {mode}")
+    changed = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)
+               if field.name not in ("run_dir", "resume", "device", "perf", "lr_drop", "seed")
+               and getattr(cfg, field.name) != field.default}
+    print(f"settings: {' '.join(f'--{name} {value}' for name, value in changed.items()) or 'all default'}")
+    if step:
+        print(f"resuming after iteration {step} of {cfg.n_iter}")
+
+
+def run(argv):
+    cfg, device, checkpoint, folder, lock = prepare(argv)
+    announce(cfg, device, folder, checkpoint.step)
+    FIGURES.mkdir(exist_ok=True)
+    settings = {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
+    checkpoint = checkpoint._replace(settings=settings)
+    versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib", "numpy", "matplotlib")}
+    write(folder/"config.json", json.dumps({"config": settings, "versions": versions}, indent=1).encode())
+    save(folder, checkpoint)
+    checkpoint = train(cfg, device, checkpoint, folder)
+    episodes, errors, results = meta_test(cfg, device, checkpoint)
+    write(folder/"results.json", json.dumps(results, indent=1).encode())
+    report(results)
+    figures = {"meta_testing": draw_testing(cfg, episodes), "drift": draw_drift(AGES, errors)}
+    if checkpoint.rows:
+        figures["meta_training"] = draw_training([row[:len(COLUMNS)] for row in checkpoint.rows])
+    paths = [save_figure(figure, name, device) for name, figure in figures.items()]
+    print(f"results in {folder}/ (config.json metrics.csv results.json checkpoint.npz), figures in "
+          f"{' '.join(map(str, paths))}")
+
+
+def main(argv=None):
+    """Run the command line; the exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run(argv)
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
