@@ -70,7 +70,14 @@ PCM_HISTORY = PCM._replace(name="pcm_history", set_offset=0.880, set_history=1.4
 PERF = PCM._replace(name="perf", set_slope=0.0, set_offset=0.75, set_std_slope=0.0, set_std_offset=0.0,
                     reset_std=0.0, nu_mean=0.0, nu_std=0.0, read_slope=0.0, read_offset=0.0, prog_err=0.0)
 
-DEVICES = {device.name: device for device in (PCM, PCM_HISTORY, PERF)}
+# Another source's devices, to deploy on what was trained on PCM: programming error, drift and read noise of IBM's
+# million-device array as aihwkit's PCMLikeNoiseModel has them, its 25 µS scaled to this range; pulses are PCM's.
+AIHWKIT = PCM._replace(name="aihwkit", t0=20.0, prog_err=0.0,
+                       prog_std=tuple(c*12/25 for c in (0.26348, 1.9650, -1.1731)),
+                       nu_mean=0.0244, nu_log=(-0.0155, 0.049, 0.1), nu_std=-0.0059, nu_std_log=(-0.0125, 0.008, 0.045),
+                       read_slope=0.0, read_offset=0.0088*12, read_power=0.35, read_cap=0.2, read_log=0.5)
+
+DEVICES = {device.name: device for device in (PCM, PCM_HISTORY, PERF, AIHWKIT)}
 POSITIVE = "g_min", "g_max", "history_decay", "t0"
 NOT_NEGATIVE = ("set_std_slope", "set_std_offset", "set_std_history", "reset_mean", "reset_std", "nu_mean", "nu_std",
                 "read_slope", "read_offset", "prog_err", "read_power", "read_cap", "read_log")
@@ -138,12 +145,12 @@ def staircase(device, n_pulses):
         p.append(p[-1]*math.exp(-1/device.history_decay))
         step = device.set_slope*g[-1] + device.set_offset + device.set_history*p[-1]
         g.append(min(max(g[-1] + step, device.g_min), device.g_max))
-    return np.array(g, np.float32), np.array(p, np.float32)
+    return np.array(g), np.array(p)
 
 
 def history(device, g):
     """P of a device programmed to g: that of the number of pulses that lead from RESET to g on average."""
-    return jnp.interp(jax.lax.stop_gradient(g), *staircase(device, 64))
+    return jnp.interp(jax.lax.stop_gradient(g), *map(jnp.array, staircase(device, 64)))
 
 
 def inject(key, device, g):
@@ -227,7 +234,7 @@ def program(key, device, target, tolerance=0.4, max_steps=50):
     correction = (MIN_AGE/device.t0)**device.nu_mean
     reset_key, nu_key, key = jax.random.split(key, 3)
     xbar = fabricate(nu_key, device._replace(prog_err=0.0, prog_std=(0.0, 0.0, 0.0)), target)
-    zero = jnp.zeros(target.shape, jnp.int32)
+    zero = jnp.zeros(target.shape, int)
     start = Programming(reset(reset_key, device, xbar, True, 0.0), zero, zero + 1, zero > 0)
 
     def step(state, key):
@@ -237,6 +244,77 @@ def program(key, device, target, tolerance=0.4, max_steps=50):
         over, under = ~done & (error > 0), ~done & (error < 0)
         xbar = reset(reset_key, device, state.xbar, over, 0.0)
         xbar = set_pulse(set_key, device, xbar, under.astype(target.dtype), 0.0)
-        return Programming(xbar, state.pulses + under, state.resets + over, done), None
+        return Programming(xbar, state.pulses + under.astype(int), state.resets + over.astype(int), done), None
 
     return jax.lax.scan(step, start, jax.random.split(key, max_steps))[0]
+
+
+# ---- figure ---------------------------------------------------------------------------------------------------------
+
+LAW, SAMPLES = "black", "#0072B2"    # the analytic law, the simulated devices
+
+
+def law_panel(axes, x, law, samples, **labels):
+    """Noise-free law as a line over simulated devices [n, len(x)], their mean and ± 1 std as a band."""
+    mean, std = np.mean(samples, 0), np.std(samples, 0)
+    axes.fill_between(x, mean - std, mean + std, color=SAMPLES, alpha=0.3, lw=0, label="simulated, ± 1 std")
+    axes.plot(x, mean, color=SAMPLES, ls="--", label="simulated, mean")
+    axes.plot(x, law, color=LAW, lw=1.2, label="law without noise")
+    axes.set(**labels)
+
+
+def draw_set(axes, key, device, n=10_000, n_pulses=20):
+    ones = jnp.ones((2, n // 2, 1))
+    reset_key, key = jax.random.split(key)
+    start = reset(reset_key, device, fabricate(key, device, device.g_min*ones), ones > 0, 0.0)
+
+    def pulse(xbar, key):
+        xbar = set_pulse(key, device, xbar, ones, 0.0)
+        return xbar, xbar.g
+
+    _, g = jax.lax.scan(pulse, start, jax.random.split(key, n_pulses))
+    g = np.concatenate([start.g[None], g]).reshape(n_pulses + 1, -1).T
+    law_panel(axes, range(n_pulses + 1), staircase(device, n_pulses)[0], g, title=f"SET, {device.name}",
+              xlabel="pulses after RESET", ylabel="G (µS)", xticks=range(0, n_pulses + 1, 5), ylim=(0, None))
+
+
+def draw_read(axes, key, device, n=2000):
+    g = jnp.linspace(device.g_min, device.g_max, 25)
+    ideal = device._replace(nu_mean=0.0, nu_std=0.0, prog_err=0.0)
+    xbar = fabricate(key, ideal, jnp.broadcast_to(g, (2, n//2, 25)))
+    measured = np.reshape(read(key, ideal, xbar, device.t0), (n, 25))
+    law_panel(axes, g, g, measured, title="READ", xlabel="programmed G (µS)", ylabel="measured G (µS)")
+
+
+def draw_drift(axes, key, device, n=2000):
+    t = np.logspace(0, 7, 29, dtype=np.float32)
+    xbar = fabricate(key, device._replace(prog_err=0.0), jnp.full((2, n//2, 1), 6.0))
+    g = np.stack([np.ravel(drift(device, xbar, x)) for x in t], 1)
+    law_panel(axes, t, 6*(t/device.t0)**-device.nu_mean, g, title="DRIFT", xlabel="time since the pulse (s)",
+              ylabel="G(t) (µS)", xscale="log")
+
+
+def draw_program(axes, key, device, n=4000):
+    g = jnp.linspace(device.g_min, 0.75*device.g_max, 25)
+    done = program(key, device, jnp.broadcast_to(g, (2, n//2, 25)))
+    reached = np.reshape(done.xbar.g, (n, 25))
+    law_panel(axes, g, g, reached, title="PROGRAM AND VERIFY", xlabel="target G (µS)", ylabel="reached G (µS)")
+    axes.text(0.96, 0.06, f"{jnp.mean(done.pulses):.1f} pulses, {jnp.mean(done.resets):.1f} RESETs\n"
+              f"{100*jnp.mean(~done.done):.1f} % miss", transform=axes.transAxes, ha="right", fontsize=9)
+
+
+def draw(path, device=PCM):
+    """The device's laws without noise over simulated devices, drawn to path."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9.6, 7.0), layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
+    for panel, ax, key in zip((draw_set, draw_read, draw_drift, draw_program), axes,
+                              jax.random.split(jax.random.key(0), 4)):
+        panel(ax, key, device)
+    axes[0].legend(fontsize=9, loc="lower right")
+    Path(path).parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    draw("img/model.png")

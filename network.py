@@ -112,7 +112,7 @@ def level(n_bits, x):
 def level_centres(n_bits):
     """The input that each level stands for, the centre of its cell, [2^n_bits]."""
     low, high = X_RANGE
-    return low + (high - low)*(jnp.arange(2**n_bits, dtype=jnp.float32) + 0.5)/2**n_bits
+    return low + (high - low)*jnp.arange(0.5, 2**n_bits)/2**n_bits
 
 
 def mean_spikes(kappa, e):
@@ -147,3 +147,41 @@ def init(key, device, n_h0, n_h1):
     w1 = jax.random.uniform(key1, (n_h0, n_h1), minval=-bound, maxval=bound)
     w1 = jnp.concatenate([w1, jnp.zeros((1, n_h1))])
     return Network(analog.conductances(device, w0), analog.conductances(device, w1), jnp.full((2, n_h1, 1), G_READOUT))
+
+
+# ---- figure ---------------------------------------------------------------------------------------------------------
+
+def draw(path, device=analog.PCM, x=1.5, n_h=40):
+    """The network before training at work on one input x: input, spikes, a membrane, readout, drawn to path."""
+    from pathlib import Path
+
+    import numpy as np
+    from matplotlib.figure import Figure
+    decay = Decay(float(np.exp(-DT/0.01)), float(np.exp(-DT/0.001)))
+    chip = each(lambda key, g: analog.fabricate(key, device, g), jax.random.key(1), init(jax.random.key(0), device, n_h, n_h))
+    w = each(lambda key, xbar: analog.weights(device, analog.read(key, device, xbar, 100.0)), jax.random.key(2), chip)
+    u = level_centres(7)[level(7, x)]
+    v0, z0 = lif(decay._replace(kappa=0.0), jnp.array([u, 1.0]) @ w.hidden0, ())
+    v1, e = lif(decay, w.hidden1[-1], (z0 @ w.hidden1[:-1],))
+    t = 1e3*DT*np.arange(1, N_STEPS + 1)
+
+    figure = Figure(figsize=(6.4, 7.2), layout="constrained")
+    axes = figure.subplots(5, 1, sharex=True, height_ratios=(0.5, 1.2, 1.2, 1, 1))
+    axes[0].plot(t, np.full(N_STEPS, u), color="black")
+    axes[0].set(ylabel="input u0", ylim=X_RANGE, title=f"one presentation of x = {x}, held for {1e3*DT*N_STEPS:.0f} ms")
+    for ax, spikes, layer in ((axes[1], z0, 0), (axes[2], v1 > 1, 1)):
+        step, neuron = np.nonzero(spikes)
+        ax.plot(t[step], neuron, "|", color="black", ms=3)
+        ax.set(ylabel=f"neuron of\nlayer {layer}", ylim=(-1, n_h))
+    busiest = int(np.argmax(np.sum(v1 > 1, 0)))
+    axes[3].plot(t, v1[:, busiest], color="#0072B2")
+    axes[3].axhline(1, color="black", lw=1, ls=":")
+    axes[3].set(ylabel=f"v of neuron {busiest},\nlayer 1 (dotted:\nthreshold)")
+    axes[4].plot(t, e @ w.readout[:, 0], color="#D55E00")
+    axes[4].set(ylabel="readout ŷ", xlabel="time (ms)")
+    Path(path).parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    draw("img/network.png")

@@ -45,15 +45,16 @@ FIGURES = Path("img")
 
 # ---- configuration --------------------------------------------------------------------------------------------------
 
-def flag(default, unit, help):
-    return dataclasses.field(default=default, metadata={"unit": unit, "help": help})
+def flag(default, unit, help, compiled=True):
+    """A setting; compiled: whether a program compiled for one value is of no use for another."""
+    return dataclasses.field(default=default, compare=compiled, metadata={"unit": unit, "help": help})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run, and the command line."""
     seed: int = flag(0, "N", "seed of every random draw")
-    n_iter: int = flag(20_000, "N", "meta-iterations")
+    n_iter: int = flag(20_000, "N", "meta-iterations", compiled=False)
     device: str = flag("pcm", "NAME|FILE", "device model: pcm, pcm_history, perf, or a JSON file of constants")
     perf: bool = flag(False, "", "ideal devices, the same as --device perf")
     n_inner: int = flag(1, "N", "inner steps: times that a new task is looked at and pulsed")
@@ -62,12 +63,12 @@ class Config:
     task_size: int = flag(20, "N", "support samples of a task")
     batch_train: int = flag(256, "N", "tasks per chip and meta-iteration")
     n_chips: int = flag(1, "N", "chips per meta-iteration, each with noise, drift and tasks of its own")
-    batch_test: int = flag(1024, "N", "tasks of the meta-test, each on a chip of its own")
+    batch_test: int = flag(1024, "N", "tasks of the meta-test, each on a chip of its own", compiled=False)
     n_h0: int = flag(40, "N", "neurons of layer 0")
     n_h1: int = flag(40, "N", "neurons of layer 1")
     dac_bits: int = flag(7, "BITS", "resolution of the input converter")
     tau_mem: float = flag(0.01, "S", "time constant of the membranes, s")
-    tau_out: float = flag(0.001, "S", "time constant of the readout, s")
+    tau_out: float = flag(0.002, "S", "time constant of the readout, s")
     lr_out: float = flag(0.03, "UM", "step size of Adam, µS and ln of threshold")
     lr_drop: int = flag(None, "N", "meta-iteration from which lr_out is divided by 10 (default: 60 %% of n_iter)")
     off_noise: float = flag(0.05, "SHARE", "programming error injected in meta-training, of a crossbar's largest G")
@@ -77,8 +78,8 @@ class Config:
     tprog: float = flag(101.0, "S", "time of its first pulse, s; each further inner step is 1 s later")
     twait: float = flag(50.0, "S", "from tprog to the query in meta-training, s")
     ttest: float = flag(251.0, "S", "time of the query in the meta-test, s since deployment")
-    run_dir: str = flag(None, "DIR", "folder of this run (default: run/ and the device's name)")
-    resume: bool = flag(False, "", "go on from the run folder's checkpoint; once n_iter is reached, only test")
+    run_dir: str = flag(None, "DIR", "folder of this run (default: run/ and the device's name)", compiled=False)
+    resume: bool = flag(False, "", "go on from the run folder's checkpoint; once n_iter is reached, only test", compiled=False)
 
 
 class UserError(Exception):
@@ -140,7 +141,7 @@ def query_targets(cfg, tasks):
     """Query by Gauss-Legendre quadrature over each level's cell: the converter's error is counted in full."""
     low, high = network.X_RANGE
     quadrature = np.polynomial.legendre.leggauss(max(2, 64//2**cfg.dac_bits))
-    node, weight = np.float32(quadrature)[..., None, None]
+    node, weight = jnp.array(quadrature)[..., None, None]
     x = network.level_centres(cfg.dac_bits)[:, None] + node*(high - low)/2**(cfg.dac_bits + 1)
     y = target(tasks, x)    # [nodes, L, B]
     return Query(jnp.sum(weight/2*y, 0), jnp.sum(weight/2*y**2, 0).mean(0))
@@ -165,11 +166,14 @@ def read_weights(key, device, xbar, t):
     return analog.weights(device, analog.read(key, device, xbar, t))
 
 
+def decays(cfg):
+    return network.Decay(*(float(np.exp(-network.DT/tau)) for tau in (cfg.tau_mem, cfg.tau_out)))
+
+
 def activity(key, cfg, device, chip, t):
     """Activity of every input level, from one read of the hidden crossbars at time t (s)."""
-    decay = network.Decay(*(float(np.exp(-network.DT/tau)) for tau in (cfg.tau_mem, cfg.tau_out)))
     w = network.each(lambda key, xbar: read_weights(key, device, xbar, t), key, chip)
-    return network.simulate(decay, w, network.level_centres(cfg.dac_bits))
+    return network.simulate(decays(cfg), w, network.level_centres(cfg.dac_bits))
 
 
 def delta_rule(e, w, support):
@@ -267,7 +271,7 @@ def optimizer(cfg):
 def start(cfg, device):
     """Optimizer state before training."""
     g = network.init(stream(cfg, 0), device, cfg.n_h0, cfg.n_h1)
-    return optimizer(cfg)[0](Meta(g, jnp.full(cfg.n_inner, np.log(cfg.grad_thr), jnp.float32)))
+    return optimizer(cfg)[0](Meta(g, jnp.full(cfg.n_inner, float(np.log(cfg.grad_thr)))))
 
 
 def stream(cfg, index):
@@ -287,16 +291,15 @@ def train_chunk(cfg, device, state, first, last):
     """Optimizer state after meta-iterations first … last − 1, and their mean Metrics."""
     _, update, parameters = optimizer(cfg)
 
-    def loss(meta, key):
-        keys = jax.random.split(key, cfg.n_chips)
-        losses, metrics = jax.vmap(lambda key: meta_loss(meta, key, cfg, device))(keys)
-        return losses.mean(), jax.tree.map(jnp.mean, metrics)
+    def gradient(meta, key):
+        return jax.grad(meta_loss, has_aux=True)(meta, key, cfg, device)
 
     def iterate(step, carry):
         state, total = carry
-        key = jax.random.fold_in(stream(cfg, 1), step)
-        gradient, metrics = jax.grad(loss, has_aux=True)(parameters(state), key)
-        state = project(device, update(step.astype(jnp.float32), gradient, state))
+        keys = jax.random.split(jax.random.fold_in(stream(cfg, 1), step), cfg.n_chips)
+        chips = jax.lax.map(lambda key: gradient(parameters(state), key), keys)
+        mean, metrics = jax.tree.map(lambda x: x.mean(0), chips)
+        state = project(device, update(step.astype(jnp.float32), mean, state))
         return state, jax.tree.map(jnp.add, total, metrics)
 
     state, total = jax.lax.fori_loop(first, last, iterate, (state, Metrics(0.0, 0.0, 0.0, 0.0)))
@@ -333,11 +336,11 @@ def episode(key, cfg, device, meta, times):
          for key, readout in zip(jax.random.split(read_key, len(readouts)), readouts)]
     e = active.trace
     pulses = sum(step.pulses for step in steps)
-    touched = pulses.sum(0) > 0
+    touched = jnp.sign(pulses.sum(0))
     before, after = (analog.weights(device, readout.g) for readout in (readouts[0], readouts[-1]))
-    dw = jnp.sum(jnp.abs(after - before)*touched)/jnp.maximum(touched.sum(), 1)
+    dw = jnp.sum(jnp.abs(after - before)*touched)/jnp.maximum(touched.sum(), 1.0)
     hessian = 2*jnp.einsum("tli,tlj,l->ij", e, e, support.share[:, 0])/len(e)
-    dw_gd = 2/jnp.linalg.eigvalsh(hessian)[-1]*jnp.mean(jnp.abs(delta_rule(e, w[0], support)))
+    dw_gd = 2/jnp.maximum(jnp.linalg.eigvalsh(hessian)[-1], 1e-6)*jnp.mean(jnp.abs(delta_rule(e, w[0], support)))
     curves = jnp.stack([query.y[:, 0], *(e.mean(0) @ w[i][:, 0] for i in (0, -1))])
     return Episode(jnp.stack([mse(e, w, query)[0] for w in w]), jnp.stack([mse(e[-1:], w, query)[0] for w in w]),
                    pulses.sum(), jnp.mean(pulses > 0), active.rate0/network.DT, active.rate1/network.DT,
@@ -612,8 +615,8 @@ def draw_training(rows):
 
 def draw_testing(cfg, episodes):
     """Four tasks before and after adaptation, and the error against inner steps."""
-    figure = Figure(figsize=(9.6, 4.6), layout="constrained")
-    axes = figure.subplot_mosaic("ABE\nCDE", width_ratios=(1, 1, 1.1))
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    axes = figure.subplot_mosaic("AABBEEE\nCCDDEEE")
     x = network.level_centres(cfg.dac_bits)
     for i, panel in enumerate("ABCD"):
         truth, before, after = episodes.curves[i]
@@ -623,7 +626,7 @@ def draw_testing(cfg, episodes):
         axes[panel].plot(episodes.x[i], episodes.y[i], "o", color=LATE, ms=4, label="support")
         axes[panel].set(xlim=network.X_RANGE, xlabel="x" if panel in "CD" else None,
                         ylabel="y, mean over time" if panel in "AC" else None)
-    axes["A"].legend(fontsize=8, loc="best", ncols=2)
+    figure.legend(*axes["A"].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9, frameon=False)
     steps = np.arange(cfg.n_inner + 1)
     for values, color, style, label in ((episodes.mse, AFTER, "-", "all time steps"),
                                         (episodes.mse_last, LATE, "--", "last time step")):

@@ -1,0 +1,232 @@
+"""Closed forms against autodiff of the time-step network; the second-order gradient; protocol, checkpoints and flags."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import analog
+import benchmark
+import network
+import train
+
+KEY = jax.random.key(3)
+SMALL = dict(n_h0=9, n_h1=8, batch_train=5, task_size=6, dac_bits=4, batch_test=3, n_iter=4)
+
+
+def configured(**flags):
+    return train.configure({**SMALL, **flags})
+
+
+def parts(cfg, device):
+    """Chip, tasks and samples."""
+    @jax.jit
+    def make():
+        meta = train.optimizer(cfg)[2](train.start(cfg, device))
+        meta = meta._replace(g=meta.g._replace(readout=meta.g.readout + jax.random.uniform(KEY, meta.g.readout.shape)))
+        tasks = train.draw_tasks(KEY, cfg.batch_train)
+        return meta, train.deploy(KEY, device, meta), tasks, train.draw_support(KEY, cfg, tasks)
+
+    return make()
+
+
+def hidden(cfg, device, chip):
+    """Weights and traces of one read at 100 s."""
+    @jax.jit
+    def read(chip):
+        w = network.each(lambda key, xbar: train.read_weights(key, device, xbar, 100.0), KEY, chip)
+        return w, network.simulate(train.decays(cfg), w, network.level_centres(cfg.dac_bits)).trace
+
+    return read(chip)
+
+
+def close(a, b, tolerance=1e-5):
+    """Equal to tolerance of the largest component, leaf by leaf."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        scale = np.abs(y).max()
+        assert scale > 0
+        np.testing.assert_allclose(x, y, atol=tolerance*scale, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_delta_rule_equals_autodiff_of_the_time_steps(x64, shared):
+    cfg, device = configured()
+    _, chip, _, (x, y) = parts(cfg, device)
+    w, e = hidden(cfg, device, chip)
+    readouts = jax.random.normal(KEY, (cfg.n_h1, 1 if shared else cfg.batch_train))
+    closed = train.delta_rule(e, readouts, train.by_level(cfg, x, y))
+    u = network.level_centres(cfg.dac_bits)[network.level(cfg.dac_bits, x)]
+    autodiff = jax.jit(jax.grad(lambda w, u, y: benchmark.squared_error(train.decays(cfg), w, u, y)))
+    for task in range(cfg.batch_train):
+        at = w._replace(readout=readouts[:, :1] if shared else readouts[:, task:task + 1])
+        close(closed[:, task], autodiff(at, u[:, task], y[:, task]).readout[:, 0])
+
+
+def test_query_loss_equals_the_mean_over_a_fine_grid(x64):
+    cfg, device = configured()
+    _, chip, tasks, _ = parts(cfg, device)
+    _, e = hidden(cfg, device, chip)
+    readouts = jax.random.normal(KEY, (cfg.n_h1, cfg.batch_train))
+    x = jnp.linspace(-5.0, 5.0, 16*2000 + 1)[:-1] + 5/16/2000    # midpoints, 2,000 a level
+    y = train.target(tasks, x[:, None])
+    at = network.level(cfg.dac_bits, x)
+    closed = train.mse(e, readouts, train.query_targets(cfg, tasks))
+    close(closed, jnp.mean(((e @ readouts)[:, at] - y)**2, (0, 1)), 1e-6)
+    last = train.mse(e[-1:], readouts, train.query_targets(cfg, tasks))
+    close(last, jnp.mean(((e[-1] @ readouts)[at] - y)**2, 0), 1e-6)
+
+
+def plainly(patch, cfg):
+    """Replace the closed forms and the custom derivative by autodiff of explicit squared errors."""
+    def delta_rule(e, w, samples):
+        x, y = samples
+        at = network.level(cfg.dac_bits, x)
+
+        def error(w):
+            outputs = jnp.einsum("tnbh,hb->tnb", e[:, at], jnp.broadcast_to(w, (w.shape[0], y.shape[1])))
+            return jnp.sum(jnp.mean((outputs - y)**2, (0, 1)))
+        return jax.grad(error)(jnp.broadcast_to(w, (w.shape[0], y.shape[1])))
+
+    def mse(e, w, tasks):
+        node, weight = np.polynomial.legendre.leggauss(12)
+        x = network.level_centres(cfg.dac_bits) + node[:, None]*10/2**(cfg.dac_bits + 1)
+        y = train.target(tasks, jnp.array(x)[..., None])
+        return jnp.tensordot(jnp.array(weight)/2, jnp.mean(((e @ w)[:, None] - y)**2, (0, 2)), 1)
+
+    patch.setattr(train, "by_level", lambda cfg, x, y: (x, y))
+    patch.setattr(train, "query_targets", lambda cfg, tasks: tasks)
+    patch.setattr(train, "delta_rule", delta_rule)
+    patch.setattr(train, "mse", mse)
+    patch.setattr(network, "lif_trace", lambda *inputs: network.lif(*inputs)[1])
+
+
+@pytest.mark.parametrize("flags", [{}, {"n_inner": 3}, {"n_bits": 4}, {"perf": True}, {"lambda_fr": 0.1, "n_inner": 2},
+                                   {"device": "pcm_history"}], ids=str)
+def test_meta_gradient_equals_second_order_autodiff(x64, flags):
+    cfg, device = configured(grad_thr=0.3, **flags)
+    meta = parts(cfg, device)[0]
+    fast = jax.jit(jax.value_and_grad(lambda meta: train.meta_loss(meta, KEY, cfg, device)[0]))(meta)
+    with pytest.MonkeyPatch.context() as patch:
+        plainly(patch, cfg)
+        plain = jax.jit(jax.value_and_grad(lambda meta: train.meta_loss(meta, KEY, cfg, device)[0]))(meta)
+    close(fast, plain)
+
+
+@pytest.mark.parametrize("n_inner", [1, 2])
+def test_meta_gradient_equals_finite_differences_where_smooth(x64, n_inner):
+    """With each step function replaced by its primitive, no clip active and no noise whose size depends on a maximum."""
+    cfg, device = configured(n_inner=n_inner, off_noise=0.0, grad_thr=0.5)
+    meta = parts(cfg, device)[0]    # mid-range, 9 standard deviations of read noise and more from either clip
+    meta = meta._replace(g=jax.tree.map(lambda g: 3 + 4*jax.random.uniform(KEY, g.shape), meta.g))
+    direction = jax.tree.map(lambda x: jax.random.normal(KEY, x.shape), meta)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "spike", lambda u: u/(1 + jnp.abs(u)))
+        loss = jax.jit(lambda step: train.meta_loss(
+            jax.tree.map(lambda x, d: x + step*d, meta, direction), KEY, cfg, device)[0])
+        slope, eps = jax.grad(loss)(0.0), 1e-6
+        np.testing.assert_allclose(slope, (loss(eps) - loss(-eps))/2/eps, rtol=1e-5)
+
+
+def test_fired_pulses_follow_the_comparator():
+    cfg, device = configured(n_bits=3, perf=True)
+    g = jnp.array([[-5.0, -2.5, -1.0], [1.5, 0.2, 7.0]])
+    readout = analog.fabricate(KEY, device, jnp.full((2, 2, 3), 1.0))
+    step = train.fire(KEY, cfg, device, readout, g, jnp.array(1.0), 101.0)
+    np.testing.assert_array_equal(step.pulses, [[[3, 2, 0], [0, 0, 0]], [[0, 0, 0], [1, 0, 3]]])
+    np.testing.assert_allclose(step.readout.g, 1 + 0.75*step.pulses, rtol=1e-6)
+    assert np.array_equal(step.readout.t_prog > 0, step.pulses > 0)
+
+
+def test_only_the_readout_adapts_and_steps_follow_the_protocol():
+    cfg, device = configured(n_inner=3, grad_thr=0.05)
+    meta, chip, _, samples = parts(cfg, device)
+    steps = jax.jit(lambda chip, theta: train.adapt(KEY, cfg, device, chip, theta, train.by_level(cfg, *samples),
+                                                    train.Times(100.0, 101.0, 251.0)))(chip, jnp.exp(meta.log_theta))
+    for k, step in enumerate(steps):
+        fired = step.pulses > 0
+        assert fired.any() and np.all(step.readout.t_prog[fired] == 101.0 + k)
+    untouched = sum(step.pulses for step in steps) == 0
+    start = np.broadcast_to(chip.readout.g, untouched.shape)
+    assert np.array_equal(steps[-1].readout.g[untouched], start[untouched])
+    assert not np.any(np.all(steps[0].pulses > 0, 0))    # never both devices of a pair at once
+
+
+def test_a_sum_over_levels_keeps_every_sample():
+    cfg, _ = configured(task_size=50)
+    tasks = train.draw_tasks(KEY, 4)
+    x, y = train.draw_support(KEY, cfg, tasks)
+    support = train.by_level(cfg, x, y)
+    np.testing.assert_allclose(support.share.sum(0), 1, rtol=1e-5)
+    np.testing.assert_allclose(support.y.sum(0), y.mean(0), atol=1e-5)
+
+
+def test_task_distribution():
+    tasks = train.draw_tasks(KEY, 100_000)
+    amplitude, phase = np.hypot(tasks.a, tasks.b), np.arctan2(tasks.b, tasks.a)
+    assert abs(amplitude.mean() - 2.55) < 3*4.9/12**0.5/100_000**0.5
+    assert abs(phase.mean() - np.pi/2) < 3*np.pi/12**0.5/100_000**0.5
+    x = np.linspace(-5, 5, 7)[:, None]
+    np.testing.assert_allclose(train.target(tasks, x), amplitude*np.sin(x + phase), atol=1e-4)
+    cfg, _ = configured(dac_bits=7)
+    y2 = train.query_targets(cfg, tasks).y2
+    assert abs(np.mean(y2) - train.MSE_ZERO) < 3*np.std(y2)/len(y2)**0.5
+    mean = 2.55*2/np.pi*np.cos(x := np.linspace(-5, 5, 2001)[:, None])
+    few = jax.tree.map(lambda p: p[:4000], tasks)
+    errors = np.mean((train.target(few, x) - mean)**2, 0)
+    assert abs(np.mean(errors) - train.MSE_MEAN) < 3*np.std(errors)/4000**0.5
+
+
+def test_chunks_do_not_change_the_run_and_the_range_is_kept():
+    cfg, device = configured(lr_out=3.0, n_chips=2)
+    whole, _ = train.train_chunk(cfg, device, train.start(cfg, device), 0, 4)
+    half, _ = train.train_chunk(cfg, device, train.start(cfg, device), 0, 2)
+    half, _ = train.train_chunk(cfg, device, half, 2, 4)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(half)))
+    g = np.concatenate([np.ravel(g) for g in train.optimizer(cfg)[2](whole).g])
+    assert g.min() == np.float32(0.1) and g.max() == np.float32(12.0)
+
+
+BASE = {"lambda_fr": 0.01, "grad_thr": 0.05, "lr_drop": 3}
+
+
+@functools.cache
+def programs(**flags):
+    """The computations of a meta-iteration and of the meta-test, as text: equal text, equal results."""
+    cfg, device = configured(**{**BASE, **flags})
+    state = train.start(cfg, device)
+    keys = jax.random.split(train.stream(cfg, 2), cfg.batch_test)
+    chunk = jax.make_jaxpr(lambda state: train.train_chunk(cfg, device, state, 0, 1))(state)
+    tested = jax.make_jaxpr(lambda meta: train.on_chips(train.episode, cfg, device, keys, meta, train.Times(
+        cfg.tread, cfg.tprog, cfg.ttest)))(train.optimizer(cfg)[2](state))
+    values = [np.asarray(x).tobytes() for x in (*jax.tree.leaves(state), jax.random.key_data(keys))]
+    return (str(chunk), *values[:-1]), (str(tested), *values)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(train.Config)
+                                  if field.name not in ("n_iter", "perf", "device", "run_dir", "resume")])
+def test_every_flag_changes_what_it_should_and_nothing_else(name):
+    other = {"seed": 1, "n_inner": 2, "n_bits": 3, "grad_thr": 0.2, "task_size": 9, "batch_train": 6, "n_chips": 2,
+             "batch_test": 4, "n_h0": 10, "n_h1": 11, "dac_bits": 5, "tau_mem": 0.02, "tau_out": 0.003, "lr_out": 0.1,
+             "lr_drop": 0, "off_noise": 0.2, "target_fr": 5.0, "lambda_fr": 0.1, "tread": 3.0, "tprog": 150.0,
+             "twait": 5000.0, "ttest": 1e6}[name]
+    (training, test), (training_other, test_other) = programs(), programs(**{name: other})
+    assert (training != training_other) == (name not in ("batch_test", "ttest"))
+    assert (test != test_other) == (name not in ("batch_train", "n_chips", "lr_out", "lr_drop", "off_noise", "target_fr",
+                                                 "lambda_fr", "twait"))
+
+
+def test_checkpoint_round_trip(tmp_path):
+    cfg, device = configured(n_inner=2)
+    state, _ = train.train_chunk(cfg, device, train.start(cfg, device), 0, 3)
+    settings = {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
+    saved = train.Checkpoint(state, 3, [[3.0]*10], settings)
+    train.save(tmp_path, saved)
+    loaded = train.load(tmp_path)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(loaded.state), strict=True))
+    assert (loaded.step, loaded.rows) == (3, saved.rows)
+    assert train.settled(loaded.settings) == (cfg, device)
+    with np.load(tmp_path/"checkpoint.npz") as file:
+        assert file["hidden0"].shape == (2, 2, 9) and file["theta"].shape == (2,) and file["step"] == 3
+        assert file["hidden1"].dtype == np.float32
