@@ -583,6 +583,10 @@ def save_figure(figure, name, device):
     path = FIGURES/f"{name}{'' if device.name == 'pcm' else '_' + device.name}.png"
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
+    try:
+        FIGURES.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {FIGURES}: {error.strerror}", 1) from None
     write(path, image.getvalue())
     return path
 
@@ -732,14 +736,13 @@ def announce(cfg, device, folder, step):
         print(f"resuming after iteration {step} of {cfg.n_iter}")
 
 
-def run(argv):
-    cfg, device, checkpoint, folder, lock = prepare(argv)
+def run(cfg, device, checkpoint, folder):
+    """Meta-train, meta-test, report and draw."""
     announce(cfg, device, folder, checkpoint.step)
-    FIGURES.mkdir(exist_ok=True)
     settings = {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
-    checkpoint = checkpoint._replace(settings=settings)
     versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib", "numpy", "matplotlib")}
     write(folder/"config.json", json.dumps({"config": settings, "versions": versions}, indent=1).encode())
+    checkpoint = checkpoint._replace(settings=settings)
     save(folder, checkpoint)
     checkpoint = train(cfg, device, checkpoint, folder)
     episodes, errors, results = meta_test(cfg, device, checkpoint)
@@ -757,7 +760,9 @@ def main(argv=None):
     """Run the command line; the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run(argv)
+        *settings, lock = prepare(argv)
+        with lock:
+            run(*settings)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return error.status
