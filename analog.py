@@ -49,9 +49,9 @@ class Device(NamedTuple):
     prog_std: tuple = (0.0, 0.0, 0.0)        # µS, programming error added as std c0 + c1·r + c2·r²
     nu_log: tuple = (0.0, 0.0, 1e9)          # ν mean = clip(nu_mean + k·ln r, low, high), as (k, low, high)
     nu_std_log: tuple = (0.0, 0.0, 1e9)      # the same for ν's spread
-    read_power: float = 0.0                  # read_offset is multiplied by r(t)^read_power
+    read_power: float = 0                    # read_offset is multiplied by r(t)^read_power (an int 0 costs nothing)
     read_cap: float = 1e6                    # read noise is at most this multiple of G(t) ...
-    read_log: float = 0.0                    # ... times ln((t − t_prog + 250 ns)/500 ns)^read_log
+    read_log: float = 0                      # ... times ln((t − t_prog + 250 ns)/500 ns)^read_log
 
 
 # Doped-GST mushroom cells: Nandakumar et al., "A phase-change memory model for neuromorphic computing", J. Appl. Phys.
@@ -113,7 +113,7 @@ def load_device(name):
 def check_device(constants):
     """Device of a dictionary of constants; ValueError names the first key that is unknown or out of its range."""
     for key, value in constants.items():
-        default = Device._field_defaults.get(key, "" if key == "name" else 0.0)
+        default = Device._field_defaults.get(key)
         if key not in Device._fields:
             raise ValueError(f"key {key} is unknown; known are {', '.join(Device._fields)}")
         items = value if isinstance(default, tuple) and isinstance(value, list) else [value]
@@ -176,7 +176,7 @@ def fabricate(key, device, g):
 def drift(device, xbar, t):
     """Conductance [2, rows, cols] in µS at time t (s), before read noise."""
     age = jnp.maximum(t - xbar.t_prog, MIN_AGE)
-    return xbar.g*(age/device.t0)**-xbar.nu
+    return xbar.g*jnp.exp(-xbar.nu*jnp.log(age/device.t0))    # a vectorised power
 
 
 def set_pulse(key, device, xbar, mask, t):

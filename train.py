@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -69,7 +70,7 @@ class Config:
     dac_bits: int = flag(7, "BITS", "resolution of the input converter")
     tau_mem: float = flag(0.01, "S", "time constant of the membranes, s")
     tau_out: float = flag(0.002, "S", "time constant of the readout, s")
-    lr_out: float = flag(0.03, "UM", "step size of Adam, µS and ln of threshold")
+    lr_out: float = flag(0.1, "UM", "step size of Adam, µS and ln of threshold")
     lr_drop: int = flag(None, "N", "meta-iteration from which lr_out is divided by 10 (default: 60 %% of n_iter)")
     off_noise: float = flag(0.05, "SHARE", "programming error injected in meta-training, of a crossbar's largest G")
     target_fr: float = flag(2.0, "RATE", "target firing rate, spikes per 10 ms (2 = 200 Hz)")
@@ -140,11 +141,10 @@ def by_level(cfg, x, y):
 def query_targets(cfg, tasks):
     """Query by Gauss-Legendre quadrature over each level's cell: the converter's error is counted in full."""
     low, high = network.X_RANGE
-    quadrature = np.polynomial.legendre.leggauss(max(2, 64//2**cfg.dac_bits))
-    node, weight = jnp.array(quadrature)[..., None, None]
-    x = network.level_centres(cfg.dac_bits)[:, None] + node*(high - low)/2**(cfg.dac_bits + 1)
-    y = target(tasks, x)    # [nodes, L, B]
-    return Query(jnp.sum(weight/2*y, 0), jnp.sum(weight/2*y**2, 0).mean(0))
+    centres, half_cell = network.level_centres(cfg.dac_bits)[:, None], (high - low)/2**(cfg.dac_bits + 1)
+    quadrature = zip(*map(np.ndarray.tolist, np.polynomial.legendre.leggauss(max(2, 64//2**cfg.dac_bits))))
+    weights, y = zip(*((weight/2, target(tasks, centres + node*half_cell)) for node, weight in quadrature))
+    return Query(sum(w*y for w, y in zip(weights, y)), sum(w*jnp.mean(y**2, 0) for w, y in zip(weights, y)))
 
 
 # ---- inner loop: one chip, B tasks ----------------------------------------------------------------------------------
@@ -286,19 +286,34 @@ def project(device, state):
     return optimizers.OptimizerState((*clipped, threshold), state.tree_def, state.subtree_defs)
 
 
+def on_chips(one, keys, *shared):
+    """one(key, *shared) of every key's own chip, stacked, the chips spread over as many devices as divide their number.
+
+    On a CPU the chips of a device take turns, as its caches hold one; elsewhere they run as a batch."""
+    def local(keys, *shared):
+        here = partial(lambda shared, key: one(key, *shared), shared)
+        stacked = jax.lax.map(here, keys) if jax.default_backend() == "cpu" else jax.vmap(here)(keys)
+        return jax.lax.all_gather(stacked, "chips", tiled=True)
+
+    n = math.gcd(len(keys), jax.device_count())
+    mesh = jax.sharding.Mesh(jax.devices()[:n], ("chips",))
+    everywhere = jax.sharding.PartitionSpec()
+    return jax.shard_map(local, mesh=mesh, out_specs=everywhere, check_vma=False, in_specs=(
+        jax.sharding.PartitionSpec("chips"), *[everywhere]*len(shared)))(keys, *shared)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def train_chunk(cfg, device, state, first, last):
     """Optimizer state after meta-iterations first … last − 1, and their mean Metrics."""
     _, update, parameters = optimizer(cfg)
 
-    def gradient(meta, key):
+    def gradient(key, meta):
         return jax.grad(meta_loss, has_aux=True)(meta, key, cfg, device)
 
     def iterate(step, carry):
         state, total = carry
         keys = jax.random.split(jax.random.fold_in(stream(cfg, 1), step), cfg.n_chips)
-        chips = jax.lax.map(lambda key: gradient(parameters(state), key), keys)
-        mean, metrics = jax.tree.map(lambda x: x.mean(0), chips)
+        mean, metrics = jax.tree.map(lambda x: x.mean(0), on_chips(gradient, keys, parameters(state)))
         state = project(device, update(step.astype(jnp.float32), mean, state))
         return state, jax.tree.map(jnp.add, total, metrics)
 
@@ -369,15 +384,14 @@ def adapt_again(key, cfg, device, meta, t):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def on_chips(experiment, cfg, device, keys, meta, when):
-    """experiment(key, cfg, device, meta, when) of every key's own chip, stacked."""
-    return jax.lax.map(lambda key: experiment(key, cfg, device, meta, when), keys)
+def test_batch(experiment, cfg, device, keys, meta, when):
+    return on_chips(lambda key, meta, when: experiment(key, cfg, device, meta, when), keys, meta, when)
 
 
 def test(experiment, cfg, device, meta, when, n, key):
-    """on_chips for n chips, TEST_CHIPS at a time so that one compiled program serves any n; NumPy arrays [n, ...]."""
+    """experiment of n chips, TEST_CHIPS at a time so that one compiled program serves any n; NumPy arrays [n, ...]."""
     keys = jax.random.split(key, -(-n//TEST_CHIPS)*TEST_CHIPS).reshape(-1, TEST_CHIPS)
-    parts = [jax.device_get(on_chips(experiment, cfg, device, batch, meta, when)) for batch in keys]
+    parts = [jax.device_get(test_batch(experiment, cfg, device, batch, meta, when)) for batch in keys]
     return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
 
 
@@ -759,6 +773,7 @@ def run(cfg, device, checkpoint, folder):
 def main(argv=None):
     """Run the command line; the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())    # so that chips are spread over the cores
     try:
         *settings, lock = prepare(argv)
         with lock:

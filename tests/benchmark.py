@@ -1,14 +1,22 @@
 """Time and memory of meta-training against the obvious formulation, second-order autodiff of the time-step network.
 
-    python tests/benchmark.py [--json]
+    python tests/benchmark.py [--json] [--full]
 
 Every ratio is of times taken alternately in this one process or side by side; run it on an otherwise idle machine.
 The tests use the obvious formulation as their oracle.
 """
+import argparse
+import json
+import os
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+SCRIPTS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(SCRIPTS))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -61,3 +69,104 @@ def plain_loss(meta, key, cfg, device):
 
     keys = jax.random.split(pulse_key, cfg.batch_train)
     return jnp.mean(jax.vmap(task, (0, 2, 2))(keys, u, y))
+
+
+# ---- measurement ----------------------------------------------------------------------------------------------------
+
+def alternate(programs, rounds=7):
+    """Median seconds of each program {name: function}, run in turn so that a noisy machine slows all alike."""
+    for program in programs.values():
+        jax.block_until_ready(program())
+    times = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def iterations(n, **flags):
+    """A function that runs n meta-iterations of these settings, as train.py does."""
+    cfg, device = train.configure(flags)
+    state = train.start(cfg, device)
+    return lambda: train.train_chunk(cfg, device, state, 0, n)[0]
+
+
+def yardstick(**flags):
+    """A function for the gradient of the obvious formulation."""
+    cfg, device = train.configure(flags)
+    meta = train.optimizer(cfg)[2](train.start(cfg, device))
+    gradient = jax.jit(jax.grad(lambda meta, key: plain_loss(meta, key, cfg, device)))
+    return lambda: gradient(meta, jax.random.key(0))
+
+
+def products(**flags):
+    """A function for the matrix products alone of two simulations: drive of layer 1 and S̄, forward and backward."""
+    cfg, _ = train.configure(flags)
+    rows = network.N_STEPS*2**cfg.dac_bits
+    z, e = jax.random.normal(jax.random.key(0), (rows, cfg.n_h0)), jax.random.normal(jax.random.key(1), (rows, cfg.n_h1))
+    w, s = jnp.ones((cfg.n_h0, cfg.n_h1)), jnp.ones((cfg.n_h1, cfg.n_h1))
+    run = jax.jit(lambda z, e: (z @ w, e.T @ e, e @ w.T, z.T @ e, e @ s))
+    return lambda: [run(z, e) for _ in range(2)]
+
+
+FIRST = """
+import train
+cfg, device = train.configure({})
+train.jax.block_until_ready(train.train_chunk(cfg, device, train.start(cfg, device), 0, 1))
+"""
+
+
+def process(*command):
+    """Seconds that a Python process takes from start to end, and its peak memory in MB.
+
+    Run before this process grows: a child's peak counts what it shares with its parent before it starts Python."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        child = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=subprocess.DEVNULL,
+                                 env=os.environ | {"PYTHONPATH": str(SCRIPTS)})
+        _, status, usage = os.wait4(child.pid, 0)
+        assert status == 0
+        return time.perf_counter() - start, usage.ru_maxrss/1024
+
+
+def table(full):
+    """Rows (what, measured, unit)."""
+    first, _ = process("-c", FIRST)
+    _, memory = process(SCRIPTS/"train.py", "--n_iter", str(2*train.CHUNK), "--batch_test", "64")
+    whole = [("python train.py --n_iter 50000, whole", process(SCRIPTS/"train.py", "--n_iter", "50000")[0]/60, "min")] \
+        if full else []
+    n = 20
+    times = alternate({
+        "yardstick": yardstick(), "default": iterations(n), "inner4": iterations(n, n_inner=4),
+        "tasks": iterations(n, batch_train=4096), "bits": iterations(n, dac_bits=8), "chips": iterations(n, n_chips=4),
+        "products": products()})
+    step = {name: seconds/(1 if name in ("yardstick", "products") else n) for name, seconds in times.items()}
+    return [("yardstick, second-order autodiff", 1e3*step["yardstick"], "ms"),
+            ("meta-iteration, n_inner 1", 1e3*step["default"], "ms"),
+            ("meta-iteration, n_inner 4", 1e3*step["inner4"], "ms"),
+            ("yardstick / meta-iteration, n_inner 1", step["yardstick"]/step["default"], "x"),
+            ("yardstick / meta-iteration, n_inner 4", step["yardstick"]/step["inner4"], "x"),
+            ("4,096 tasks / 256 tasks", step["tasks"]/step["default"], "x"),
+            ("dac_bits 8 / dac_bits 7", step["bits"]/step["default"], "x"),
+            ("4 chips / 1 chip", step["chips"]/step["default"], "x"),
+            ("matrix products alone / meta-iteration", step["products"]/step["default"], "x"),
+            ("start of process to first meta-iteration", first, "s"),
+            ("peak resident memory", memory, "MB"), *whole]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--full", action="store_true", help="also time a whole run of 50,000 iterations")
+    arguments = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    rows = table(arguments.full)
+    if arguments.json:
+        print(json.dumps({"cores": os.cpu_count(), "jax": jax.__version__,
+                          "rows": [dict(zip(("what", "value", "unit"), row)) for row in rows]}, indent=1))
+    else:
+        print(f"{os.cpu_count()} cores, jax {jax.__version__}, {jax.default_backend()}")
+        for what, value, unit in rows:
+            print(f"{what:<50}{value:10.2f} {unit}")

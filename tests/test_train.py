@@ -198,7 +198,7 @@ def programs(**flags):
     state = train.start(cfg, device)
     keys = jax.random.split(train.stream(cfg, 2), cfg.batch_test)
     chunk = jax.make_jaxpr(lambda state: train.train_chunk(cfg, device, state, 0, 1))(state)
-    tested = jax.make_jaxpr(lambda meta: train.on_chips(train.episode, cfg, device, keys, meta, train.Times(
+    tested = jax.make_jaxpr(lambda meta: train.test_batch(train.episode, cfg, device, keys, meta, train.Times(
         cfg.tread, cfg.tprog, cfg.ttest)))(train.optimizer(cfg)[2](state))
     values = [np.asarray(x).tobytes() for x in (*jax.tree.leaves(state), jax.random.key_data(keys))]
     return (str(chunk), *values[:-1]), (str(tested), *values)
