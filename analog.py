@@ -70,18 +70,20 @@ PCM_HISTORY = PCM._replace(name="pcm_history", set_offset=0.880, set_history=1.4
 PERF = PCM._replace(name="perf", set_slope=0.0, set_offset=0.75, set_std_slope=0.0, set_std_offset=0.0,
                     reset_std=0.0, nu_mean=0.0, nu_std=0.0, read_slope=0.0, read_offset=0.0, prog_err=0.0)
 
-# Another source's devices, to deploy on what was trained on PCM: programming error, drift and read noise of IBM's
-# million-device array as aihwkit's PCMLikeNoiseModel has them, its 25 µS scaled to this range; pulses are PCM's.
-AIHWKIT = PCM._replace(name="aihwkit", t0=20.0, prog_err=0.0,
-                       prog_std=tuple(c*12/25 for c in (0.26348, 1.9650, -1.1731)),
-                       nu_mean=0.0244, nu_log=(-0.0155, 0.049, 0.1), nu_std=-0.0059, nu_std_log=(-0.0125, 0.008, 0.045),
-                       read_slope=0.0, read_offset=0.0088*12, read_power=0.35, read_cap=0.2, read_log=0.5)
-
-DEVICES = {device.name: device for device in (PCM, PCM_HISTORY, PERF, AIHWKIT)}
+DEVICES = {device.name: device for device in (PCM, PCM_HISTORY, PERF)}
 POSITIVE = "g_min", "g_max", "history_decay", "t0"
 NOT_NEGATIVE = ("set_std_slope", "set_std_offset", "set_std_history", "reset_mean", "reset_std", "nu_mean", "nu_std",
                 "read_slope", "read_offset", "prog_err", "read_power", "read_cap", "read_log")
 MIN_AGE = 1.0   # s: a read at the instant of programming is taken as a read 1 s after it
+
+
+def aihwkit(device):
+    """Another source's chips for networks trained on device, with its range and its pulses: programming error, drift and
+    read noise of IBM's million-device array as aihwkit's PCMLikeNoiseModel has them, its 25 µS scaled to g_max."""
+    return device._replace(
+        name="aihwkit", t0=20.0, prog_err=0.0, prog_std=tuple(c*device.g_max/25 for c in (0.26348, 1.9650, -1.1731)),
+        nu_mean=0.0244, nu_log=(-0.0155, 0.049, 0.1), nu_std=-0.0059, nu_std_log=(-0.0125, 0.008, 0.045),
+        read_slope=0.0, read_offset=0.0088*device.g_max, read_power=0.35, read_cap=0.2, read_log=0.5)
 
 
 class Crossbar(NamedTuple):
@@ -227,26 +229,32 @@ class Programming(NamedTuple):
     done: jax.Array
 
 
-def program(key, device, target, tolerance=0.4, max_steps=50):
-    """Program-and-verify at t = 0 to target [2, rows, cols] in µS: SET pulses from RESET until a noisy read is within
+def program(key, device, xbar, target, t=0.0, tolerance=0.4, max_steps=50):
+    """Program-and-verify at time t (s) to target [2, rows, cols] in µS: SET pulses from RESET until a noisy read is within
     tolerance (µS) of the target; an overshot device is RESET and tried again. Reads are taken MIN_AGE after the pulse
     and corrected by the mean drift. Devices still out of tolerance after max_steps are left as they are, done = 0."""
     correction = (MIN_AGE/device.t0)**device.nu_mean
-    reset_key, nu_key, key = jax.random.split(key, 3)
-    xbar = fabricate(nu_key, device._replace(prog_err=0.0, prog_std=(0.0, 0.0, 0.0)), target)
+    reset_key, key = jax.random.split(key)
     zero = jnp.zeros(target.shape, int)
-    start = Programming(reset(reset_key, device, xbar, True, 0.0), zero, zero + 1, zero > 0)
+    start = Programming(reset(reset_key, device, xbar, True, t), zero, zero + 1, zero > 0)
 
     def step(state, key):
         read_key, reset_key, set_key = jax.random.split(key, 3)
-        error = correction*read(read_key, device, state.xbar, MIN_AGE) - target
+        error = correction*read(read_key, device, state.xbar, t + MIN_AGE) - target
         done = state.done | (jnp.abs(error) <= tolerance)
         over, under = ~done & (error > 0), ~done & (error < 0)
-        xbar = reset(reset_key, device, state.xbar, over, 0.0)
-        xbar = set_pulse(set_key, device, xbar, under.astype(target.dtype), 0.0)
+        xbar = reset(reset_key, device, state.xbar, over, t)
+        xbar = set_pulse(set_key, device, xbar, under.astype(target.dtype), t)
         return Programming(xbar, state.pulses + under.astype(int), state.resets + over.astype(int), done), None
 
     return jax.lax.scan(step, start, jax.random.split(key, max_steps))[0]
+
+
+def refresh(key, device, xbar, t):
+    """Undo the common growth of the pairs at time t (s): read both devices, RESET both, program their difference."""
+    read_key, program_key = jax.random.split(key)
+    w = weights(device, read(read_key, device, xbar, t))
+    return program(program_key, device, xbar, conductances(device, w), t)
 
 
 # ---- figure ---------------------------------------------------------------------------------------------------------
@@ -296,7 +304,8 @@ def draw_drift(axes, key, device, n=2000):
 
 def draw_program(axes, key, device, n=4000):
     g = jnp.linspace(device.g_min, 0.75*device.g_max, 25)
-    done = program(key, device, jnp.broadcast_to(g, (2, n//2, 25)))
+    target = jnp.broadcast_to(g, (2, n//2, 25))
+    done = program(key, device, fabricate(key, device, target), target)
     reached = np.reshape(done.xbar.g, (n, 25))
     law_panel(axes, g, g, reached, title="PROGRAM AND VERIFY", xlabel="target G (µS)", ylabel="reached G (µS)")
     axes.text(0.96, 0.06, f"{jnp.mean(done.pulses):.1f} pulses, {jnp.mean(done.resets):.1f} RESETs\n"

@@ -23,7 +23,7 @@ import analog
 N_STEPS = 100            # time steps T of one presentation
 DT = 1e-3                # s, one step
 X_RANGE = (-5.0, 5.0)    # span of the input converter
-G_READOUT = 0.5          # µS, every readout device at the start
+G_READOUT = 0.4/11.9     # every readout device at the start, share of the range above g_min: 0.5 µS on PCM
 
 
 class Network(NamedTuple):
@@ -146,7 +146,8 @@ def init(key, device, n_h0, n_h1):
     w0 = jax.random.uniform(key0, (2, n_h0), minval=-1.0, maxval=1.0)
     w1 = jax.random.uniform(key1, (n_h0, n_h1), minval=-bound, maxval=bound)
     w1 = jnp.concatenate([w1, jnp.zeros((1, n_h1))])
-    return Network(analog.conductances(device, w0), analog.conductances(device, w1), jnp.full((2, n_h1, 1), G_READOUT))
+    readout = jnp.full((2, n_h1, 1), device.g_min + G_READOUT*(device.g_max - device.g_min))
+    return Network(analog.conductances(device, w0), analog.conductances(device, w1), readout)
 
 
 # ---- figure ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ S_l = mean_t e eᵀ and m_l = mean_t e, a task's gradient is 2·mean_n(S_l(n) W 
 expected squared error over all inputs is Wᵀ mean_l(S_l) W − 2·mean_l(ȳ_l m_l)·W + E[y²].
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import fcntl
@@ -406,7 +407,10 @@ COLUMNS = ("step", "loss", "rate0_hz", "rate1_hz", "pulses", "test_before", "tes
 
 
 def write(path, data):
-    """Replace the file as a whole: a reader, or a run killed at any moment, finds the old one or the new one."""
+    """Replace the file as a whole: a reader, or a run killed at any moment, finds the old one or the new one.
+    Of the hosts of a distributed run the first alone writes."""
+    if jax.process_index():
+        return
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -478,6 +482,8 @@ def settled(settings):
 
 def hold(folder):
     """The folder, made if need be and locked to this process until it ends."""
+    if jax.process_index():
+        return contextlib.nullcontext()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder/".lock", "w")
@@ -530,6 +536,8 @@ def check(cfg):
         if not 0 <= getattr(cfg, name) < np.inf:
             raise UserError(f"--{name} must be finite and not negative, not {getattr(cfg, name)}")
     last = cfg.tprog + cfg.n_inner - 1
+    if jax.process_count() > 1 and (cfg.n_chips % jax.device_count() or TEST_CHIPS % jax.device_count()):
+        raise UserError(f"--n_chips and {TEST_CHIPS} must be multiples of the {jax.device_count()} devices of all hosts")
     if not (cfg.tread < cfg.tprog and cfg.twait >= cfg.n_inner and cfg.ttest > last):
         raise UserError(f"times are out of order: they must keep tread ({cfg.tread:g}) < tprog ({cfg.tprog:g}), twait "
                         f"({cfg.twait:g}) ≥ n_inner ({cfg.n_inner}) and ttest ({cfg.ttest:g}) > last pulse ({last:g})")
@@ -581,7 +589,7 @@ def prepare(argv):
     cfg, device = configure(flags)
     folder = Path(cfg.run_dir)
     lock = hold(folder)
-    if (folder/"checkpoint.npz").exists():
+    if (folder/"checkpoint.npz").exists() and jax.process_index() == 0:
         move_aside(folder)
         lock = hold(folder)
     settings = {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
@@ -711,12 +719,14 @@ def meta_test(cfg, device, checkpoint):
     meta = optimizer(cfg)[2](checkpoint.state)
     times = Times(cfg.tread, cfg.tprog, cfg.ttest)
     episodes = test(episode, cfg, device, meta, times, cfg.batch_test, stream(cfg, 2))
+    elsewhere = test(episode, cfg, analog.aihwkit(device), meta, times, cfg.batch_test, stream(cfg, 2))
     n_drift = min(cfg.batch_test, 4*TEST_CHIPS)
     errors = np.stack([test(adapt_again, cfg, device, meta, age, n_drift, stream(cfg, 3)) for age in AGES], 1)
     scalars = {name: summary(getattr(episodes, name)) for name in Episode._fields if name not in ("x", "y", "curves")}
     names = "never", "once", "again", "again_on_drifted"
     drift = {"age_s": AGES.tolist(), **{name: summary(errors[:, :, i]) for i, name in enumerate(names)}}
-    return episodes, errors, {"step": checkpoint.step, **scalars, "theta": np.exp(meta.log_theta).tolist(), "drift": drift}
+    return episodes, errors, {"step": checkpoint.step, **scalars, "transfer": summary(elsewhere.mse),
+                              "theta": np.exp(meta.log_theta).tolist(), "drift": drift}
 
 
 def report(results):
@@ -730,6 +740,8 @@ def report(results):
     for k in range(1, len(results["mse"]["mean"])):
         line(f"MSE after inner step {k}", results["mse"], k)
     line("MSE after adaptation, last time step", results["mse_last"], -1)
+    line("MSE before adaptation on aihwkit's devices", results["transfer"], 0)
+    line("MSE after adaptation on aihwkit's devices", results["transfer"], -1)
     line("pulses per adaptation", results["pulses"])
     line("readout devices touched", results["touched"], unit="%", scale=100)
     line("firing rate, layer 0", results["rate0"], unit="Hz")
@@ -770,10 +782,21 @@ def run(cfg, device, checkpoint, folder):
           f"{' '.join(map(str, paths))}")
 
 
+def configure_devices():
+    """A CPU device per core, so that chips are spread over them; hosts that share a coordinator act as one machine."""
+    with contextlib.suppress(RuntimeError):    # already set up by whoever called main
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
+        place = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))    # else the cluster tells
+        jax.distributed.initialize(None, *(int(x) if x else None for x in place))
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")
+
+
 def main(argv=None):
     """Run the command line; the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())    # so that chips are spread over the cores
+    configure_devices()
     try:
         *settings, lock = prepare(argv)
         with lock:

@@ -10,6 +10,8 @@ import pytest
 import analog
 from analog import PCM, PCM_HISTORY, PERF
 
+AIHWKIT = analog.aihwkit(PCM)
+
 N = 200_000
 KEY = jax.random.key(11)
 ONES = jnp.ones((2, N//2, 1))
@@ -138,7 +140,7 @@ def test_clip_has_derivative_one_on_the_closed_range():
     np.testing.assert_array_equal(slope(jnp.array([0.0, 0.1, 5.0, 12.0, 12.1])), [0, 1, 1, 1, 0])
 
 
-@pytest.mark.parametrize("device", [PCM, PCM_HISTORY, PERF, analog.AIHWKIT], ids=lambda device: device.name)
+@pytest.mark.parametrize("device", [PCM, PCM_HISTORY, PERF, AIHWKIT], ids=lambda device: device.name)
 @pytest.mark.parametrize("g", [0.1, 5.0, 12.0])
 def test_gradients_are_finite_everywhere(device, g):
     def through(g, mask):
@@ -181,17 +183,28 @@ def test_pulses_act_on_the_drifted_conductance_where_the_device_says_so():
 @pytest.mark.parametrize("device", [PCM, PCM_HISTORY], ids=lambda device: device.name)
 def test_program_and_verify_reaches_its_targets(device):
     target = jax.random.uniform(KEY, (2, 2000, 5), minval=0.1, maxval=5.0)
-    done = jax.jit(analog.program, static_argnums=1)(KEY, device, target)
+    program = jax.jit(analog.program, static_argnums=1)
+    done = program(KEY, device, analog.fabricate(KEY, device, target), target)
     error = np.asarray(done.xbar.g - target)
     assert done.done.mean() > 0.99 and abs(error.mean()) < 0.15 and error.std() < 0.45
     assert np.all(done.resets >= 1) and 1 < done.pulses.mean() < 15
     ideal = device._replace(read_slope=0.0, read_offset=0.0, nu_std=0.0)
-    verified = jax.jit(analog.program, static_argnums=1)(KEY, ideal, target)
+    verified = program(KEY, ideal, analog.fabricate(KEY, ideal, target), target)
     assert np.all(np.abs(verified.xbar.g - target)[verified.done] <= 0.4 + 1e-4)    # ν at its mean: reads are exact
 
 
+def test_refresh_keeps_weights_and_removes_the_common_part():
+    pair = jnp.stack([jnp.full((4000, 1), 9.0), jnp.full((4000, 1), 7.0)])
+    xbar = analog.fabricate(KEY, PCM._replace(prog_err=0.0), pair)
+    fresh = jax.jit(analog.refresh, static_argnums=1)(KEY, PCM, xbar, 500.0).xbar
+    difference = np.asarray(fresh.g[0] - fresh.g[1])
+    drifted = 2*(500/38.6)**-0.04
+    assert abs(difference.mean() - drifted) < 0.15 and difference.std() < 0.9    # reads of 9 and 7 µS: 0.52 µS together
+    assert fresh.g.max() < 6 and np.array_equal(fresh.nu, xbar.nu) and np.all(fresh.t_prog == 500)
+
+
 def test_aihwkit_law_at_published_points():
-    device, scale = analog.AIHWKIT, 12/25
+    device, scale = AIHWKIT, 12/25
     r = 0.5
     xbar = analog.fabricate(KEY, device, r*12*ONES)
     assert_law(xbar.g, r*12, scale*(0.26348 + 1.9650*r - 1.1731*r**2))

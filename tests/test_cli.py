@@ -1,7 +1,11 @@
 """The command line from start to figures, its errors, and what survives them."""
+import contextlib
 import csv
+import dataclasses
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +16,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train
 
@@ -191,3 +197,45 @@ def test_an_ended_run_goes_on(here, end):
         assert process.returncode == 130 and err.count("\n") == 1 and "--resume" in err
     assert train.load(here/"run/pcm").step >= 2*train.CHUNK
     shutil.rmtree(here/"run")
+
+
+def test_a_users_device_trains(here, capsys):
+    status, out, _ = call(capsys, "--n_iter", "2", "--device", str(ROOT/"tests/reram.json"))
+    assert status == 0 and "reram devices" in out and (here/"img/drift_reram.png").exists()
+    g = arrays(here/"run/reram")["readout"]
+    assert np.all(g >= 2) and np.all(g <= 100) and g.max() > 5
+    assert call(capsys, "--resume", "--run_dir", "run/reram")[0] == 0    # the constants are in the checkpoint
+
+
+values = st.one_of(st.sampled_from(["0", "1", "-1", "3", "2.5", "nan", "inf", "-inf", "1e9", "1e400", "x", "", "µ", "99999999999",
+                                    "pcm", "perf", "--perf"]), st.text(max_size=4))
+names = st.sampled_from([field.name for field in dataclasses.fields(train.Config) if field.name not in ("resume", "run_dir")]
+                        + ["nonsense", "n", ""])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.tuples(names, values), max_size=4))
+def test_any_command_line_is_taken_or_refused_in_one_line(flags):
+    argv = [word for name, value in flags for word in (f"--{name}", value)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            cfg, device = train.configure(train.given(argv))
+    except train.UserError as error:
+        assert error.status == 2 and len(str(error).splitlines()) <= 1
+    except SystemExit as end:    # --help among the words
+        assert end.code == 0
+    else:
+        assert cfg.n_iter >= 0 and 0 < cfg.lr_out < np.inf and device.g_min < device.g_max
+
+
+def test_snippets_of_the_readme_run():
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT/"README.md").read_text(), re.DOTALL):
+        subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_a_chips_life(here, capsys):
+    assert call(capsys, "--n_iter", "0")[0] == 0
+    code = f"import sys; sys.path.insert(0, {str(ROOT/'img')!r}); import lifelong; from pathlib import Path; " \
+           "lifelong.__file__ = 'lifelong.py'; lifelong.main('run/pcm', n_chips=2)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.count("tasks 41 to 50") == 3 and (here/"lifelong.png").exists()

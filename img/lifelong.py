@@ -1,0 +1,78 @@
+"""50 tasks in sequence on the same chip without redeploying it, with and without refresh of its readout.
+
+    python img/lifelong.py run/pcm
+
+SET only increases G, so repeated adaptation drives both devices of a pair up. Reads a run folder, prints the squared
+error by task and draws lifelong.png beside this file.
+"""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+import analog  # noqa: E402
+import train  # noqa: E402
+
+N_TASKS = 50
+PERIOD = 1000.0     # s from one task to the next
+SATURATED = 0.8     # a device above this share of g_max counts as saturated
+
+
+def life(key, cfg, device, meta, every):
+    """Squared error before and after adaptation and share of saturated devices, [N_TASKS, 3], of one chip whose readout
+    is refreshed before every `every`-th task."""
+    chip_key, key = jax.random.split(key)
+    chip, theta = train.deploy(chip_key, device, meta), jnp.exp(meta.log_theta)
+
+    def task(readout, inputs):
+        key, k = inputs
+        task_key, support_key, refresh_key, adapt_key, hidden_key, *read_keys = jax.random.split(key, 7)
+        t = cfg.tprog + PERIOD*k
+        tasks = train.draw_tasks(task_key, 1)
+        support = train.by_level(cfg, *train.draw_support(support_key, cfg, tasks))
+        query = train.query_targets(cfg, tasks)
+        readout = jax.lax.cond((k > 0) & (k % every == 0), lambda xbar: analog.refresh(
+            refresh_key, device, xbar, t - 2).xbar, lambda xbar: xbar, readout)
+        times = train.Times(t - (cfg.tprog - cfg.tread), t, t + cfg.ttest - cfg.tprog)
+        after = train.adapt(adapt_key, cfg, device, chip._replace(readout=readout), theta, support, times)[-1].readout
+        e = train.activity(hidden_key, cfg, device, chip, times.query).trace
+        errors = [train.mse(e, train.read_weights(read_key, device, xbar, times.query), query)[0]
+                  for read_key, xbar in zip(read_keys, (readout, after))]
+        return after, jnp.stack([*errors, jnp.mean(after.g > SATURATED*device.g_max)])
+
+    inputs = jax.random.split(key, N_TASKS), jnp.arange(0.0, N_TASKS)
+    return jax.lax.scan(task, chip.readout, inputs)[1]
+
+
+def main(folder, n_chips=256):
+    checkpoint = train.load(Path(folder))
+    cfg, device = train.settled(checkpoint.settings)
+    meta = train.optimizer(cfg)[2](checkpoint.state)
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    axes, numbers = figure.subplots(1, 2), {}
+    for every, color, style, label in ((1e9, train.BEFORE, "-", "never refreshed"),
+                                       (10.0, train.AFTER, "--", "refreshed every 10 tasks"),
+                                       (1.0, train.LATE, ":", "refreshed before every task")):
+        lives = train.test(life, cfg, device, meta, every, n_chips, train.stream(cfg, 4))
+        for ax, values in zip(axes, (lives[:, :, 1], 100*lives[:, :, 2])):
+            train.band(ax, np.arange(1, N_TASKS + 1), values, color=color, ls=style, label=label)
+        numbers[label] = {f"tasks {a + 1} to {a + 10}": train.summary(lives[:, a:a + 10, 1].mean(1)) for a in range(0, 50, 10)}
+        print(label, *(f"{name}: {x['mean']:.3f} ± {x['ci95']:.3f}," for name, x in numbers[label].items()),
+              f"saturated at the end {100*lives[:, -1, 2].mean():.1f} %")
+    axes[0].set(xlabel="task in sequence on one chip", ylabel="mean squared error after adaptation", ylim=0)
+    axes[1].set(xlabel="task in sequence on one chip", ylabel=f"readout devices above {SATURATED:.0%} of g_max (%)", ylim=0)
+    axes[0].legend(fontsize=9)
+    path = Path(__file__).parent/f"lifelong{'' if device.name == 'pcm' else '_' + device.name}.png"
+    figure.savefig(path, dpi=150)
+    train.write(Path(folder)/"lifelong.json", json.dumps(numbers, indent=1).encode())
+
+
+if __name__ == "__main__":
+    train.configure_devices()
+    sys.exit(main(*sys.argv[1:2]) if len(sys.argv) == 2 else __doc__)
