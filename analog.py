@@ -259,21 +259,10 @@ def refresh(key, device, xbar, t):
 
 # ---- figure ---------------------------------------------------------------------------------------------------------
 
-LAW, SAMPLES = "black", "#0072B2"    # the analytic law, the simulated devices
-
-
-def law_panel(axes, x, law, samples, **labels):
-    """Noise-free law as a line over simulated devices [n, len(x)], their mean and ± 1 std as a band."""
-    mean, std = np.mean(samples, 0), np.std(samples, 0)
-    axes.fill_between(x, mean - std, mean + std, color=SAMPLES, alpha=0.3, lw=0, label="simulated, ± 1 std")
-    axes.plot(x, mean, color=SAMPLES, ls="--", label="simulated, mean")
-    axes.plot(x, law, color=LAW, lw=1.2, label="law without noise")
-    axes.set(**labels)
-
-
-def draw_set(axes, key, device, n=10_000, n_pulses=20):
-    ones = jnp.ones((2, n // 2, 1))
+def staircase_of_samples(key, device, n, n_pulses=20):
+    """G [2n, n_pulses + 1] in µS of 2n devices after RESET and each of n_pulses SET pulses."""
     reset_key, key = jax.random.split(key)
+    ones = jnp.ones((2, n, 1))
     start = reset(reset_key, device, fabricate(key, device, device.g_min*ones), ones > 0, 0.0)
 
     def pulse(xbar, key):
@@ -281,49 +270,30 @@ def draw_set(axes, key, device, n=10_000, n_pulses=20):
         return xbar, xbar.g
 
     _, g = jax.lax.scan(pulse, start, jax.random.split(key, n_pulses))
-    g = np.concatenate([start.g[None], g]).reshape(n_pulses + 1, -1).T
-    law_panel(axes, range(n_pulses + 1), staircase(device, n_pulses)[0], g, title=f"SET, {device.name}",
-              xlabel="pulses after RESET", ylabel="G (µS)", xticks=range(0, n_pulses + 1, 5), ylim=(0, None))
+    return np.concatenate([start.g[None], g]).reshape(n_pulses + 1, -1).T
 
 
-def draw_read(axes, key, device, n=2000):
+def panels(device, n=2000):
+    """Per law: (title, x, x label, y label, law without noise at x, samples [2n, len(x)])."""
+    set_key, chip_key, read_key, program_key = jax.random.split(jax.random.key(0), 4)
+    still = device._replace(nu_mean=0.0, nu_std=0.0, prog_err=0.0)
     g = jnp.linspace(device.g_min, device.g_max, 25)
-    ideal = device._replace(nu_mean=0.0, nu_std=0.0, prog_err=0.0)
-    xbar = fabricate(key, ideal, jnp.broadcast_to(g, (2, n//2, 25)))
-    measured = np.reshape(read(key, ideal, xbar, device.t0), (n, 25))
-    law_panel(axes, g, g, measured, title="READ", xlabel="programmed G (µS)", ylabel="measured G (µS)")
-
-
-def draw_drift(axes, key, device, n=2000):
+    measured = read(read_key, still, fabricate(chip_key, still, jnp.broadcast_to(g, (2, n, 25))), device.t0)
+    half = device.g_max/2
     t = np.logspace(0, 7, 29, dtype=np.float32)
-    xbar = fabricate(key, device._replace(prog_err=0.0), jnp.full((2, n//2, 1), 6.0))
-    g = np.stack([np.ravel(drift(device, xbar, x)) for x in t], 1)
-    law_panel(axes, t, 6*(t/device.t0)**-device.nu_mean, g, title="DRIFT", xlabel="time since the pulse (s)",
-              ylabel="G(t) (µS)", xscale="log")
-
-
-def draw_program(axes, key, device, n=4000):
-    g = jnp.linspace(device.g_min, 0.75*device.g_max, 25)
-    target = jnp.broadcast_to(g, (2, n//2, 25))
-    done = program(key, device, fabricate(key, device, target), target)
-    reached = np.reshape(done.xbar.g, (n, 25))
-    law_panel(axes, g, g, reached, title="PROGRAM AND VERIFY", xlabel="target G (µS)", ylabel="reached G (µS)")
-    axes.text(0.96, 0.06, f"{jnp.mean(done.pulses):.1f} pulses, {jnp.mean(done.resets):.1f} RESETs\n"
-              f"{100*jnp.mean(~done.done):.1f} % miss", transform=axes.transAxes, ha="right", fontsize=9)
-
-
-def draw(path, device=PCM):
-    """The device's laws without noise over simulated devices, drawn to path."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9.6, 7.0), layout="constrained")
-    axes = figure.subplots(2, 2).ravel()
-    for panel, ax, key in zip((draw_set, draw_read, draw_drift, draw_program), axes,
-                              jax.random.split(jax.random.key(0), 4)):
-        panel(ax, key, device)
-    axes[0].legend(fontsize=9, loc="lower right")
-    Path(path).parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
+    aged = fabricate(chip_key, device._replace(prog_err=0.0), jnp.full((2, n, 1), half))
+    target = jnp.broadcast_to(0.75*g, (2, n, 25))
+    made = program(program_key, device, fabricate(chip_key, device, target), target)
+    cost = f"{jnp.mean(made.pulses):.1f} pulses, {jnp.mean(made.resets):.1f} RESETs, {100*jnp.mean(~made.done):.1f} % miss"
+    return [(f"SET, {device.name}", range(21), "pulses after RESET", "G (µS)", staircase(device, 20)[0],
+             staircase_of_samples(set_key, device, n)),
+            ("READ", g, "programmed G (µS)", "measured G (µS)", g, measured.reshape(2*n, 25)),
+            ("DRIFT", t, "time since the pulse (s)", "G(t) (µS)", half*(t/device.t0)**-device.nu_mean,
+             np.stack([np.ravel(drift(device, aged, x)) for x in t], 1)),
+            (f"PROGRAM AND VERIFY: {cost}", 0.75*g, "target G (µS)", "reached G (µS)", 0.75*g,
+             made.xbar.g.reshape(2*n, 25))]
 
 
 if __name__ == "__main__":
-    draw("img/model.png")
+    from img import figures
+    Path("img/model.png").write_bytes(figures.png(figures.device(panels(PCM))))

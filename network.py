@@ -10,11 +10,14 @@ The last row of a hidden crossbar is its bias, driven by a constant 1. Hidden ac
 on the chip, never on the task, so it is simulated once per level. Units of layers are the last axis of every array.
 Run this file to draw the network at work for one input (img/network.png).
 """
+import math
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import analog
 
@@ -152,37 +155,20 @@ def init(key, device, n_h0, n_h1):
 
 # ---- figure ---------------------------------------------------------------------------------------------------------
 
-def draw(path, device=analog.PCM, x=1.5, n_h=40):
-    """The network before training at work on one input x: input, spikes, a membrane, readout, drawn to path."""
-    from pathlib import Path
-
-    import numpy as np
-    from matplotlib.figure import Figure
-    decay = Decay(float(np.exp(-DT/0.01)), float(np.exp(-DT/0.001)))
-    chip = each(lambda key, g: analog.fabricate(key, device, g), jax.random.key(1), init(jax.random.key(0), device, n_h, n_h))
-    w = each(lambda key, xbar: analog.weights(device, analog.read(key, device, xbar, 100.0)), jax.random.key(2), chip)
+def presentation(device, x, n_h=40):
+    """What the network before training does with one input x: u0, then spikes of layer 0, potentials and spikes of layer
+    1 [T, n_h] and ŷ [T]."""
+    decay = Decay(math.exp(-DT/0.01), math.exp(-DT/0.002))
+    start_key, chip_key, read_key = jax.random.split(jax.random.key(0), 3)
+    chip = each(lambda key, g: analog.fabricate(key, device, g), chip_key, init(start_key, device, n_h, n_h))
+    w = each(lambda key, xbar: analog.weights(device, analog.read(key, device, xbar, 100.0)), read_key, chip)
     u = level_centres(7)[level(7, x)]
-    v0, z0 = lif(decay._replace(kappa=0.0), jnp.array([u, 1.0]) @ w.hidden0, ())
+    _, z0 = lif(decay._replace(kappa=0.0), jnp.array([u, 1.0]) @ w.hidden0, ())
     v1, e = lif(decay, w.hidden1[-1], (z0 @ w.hidden1[:-1],))
-    t = 1e3*DT*np.arange(1, N_STEPS + 1)
-
-    figure = Figure(figsize=(6.4, 7.2), layout="constrained")
-    axes = figure.subplots(5, 1, sharex=True, height_ratios=(0.5, 1.2, 1.2, 1, 1))
-    axes[0].plot(t, np.full(N_STEPS, u), color="black")
-    axes[0].set(ylabel="input u0", ylim=X_RANGE, title=f"one presentation of x = {x}, held for {1e3*DT*N_STEPS:.0f} ms")
-    for ax, spikes, layer in ((axes[1], z0, 0), (axes[2], v1 > 1, 1)):
-        step, neuron = np.nonzero(spikes)
-        ax.plot(t[step], neuron, "|", color="black", ms=3)
-        ax.set(ylabel=f"neuron of\nlayer {layer}", ylim=(-1, n_h))
-    busiest = int(np.argmax(np.sum(v1 > 1, 0)))
-    axes[3].plot(t, v1[:, busiest], color="#0072B2")
-    axes[3].axhline(1, color="black", lw=1, ls=":")
-    axes[3].set(ylabel=f"v of neuron {busiest},\nlayer 1 (dotted:\nthreshold)")
-    axes[4].plot(t, e @ w.readout[:, 0], color="#D55E00")
-    axes[4].set(ylabel="readout ŷ", xlabel="time (ms)")
-    Path(path).parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return u, z0, v1, spike(v1 - 1), e @ w.readout[:, 0]
 
 
 if __name__ == "__main__":
-    draw("img/network.png")
+    from img import figures
+    shown = presentation(analog.PCM, x=1.5)
+    Path("img/network.png").write_bytes(figures.png(figures.network(1e3*DT, X_RANGE, *map(np.asarray, shown))))

@@ -24,7 +24,6 @@ import math
 import os
 import signal
 import sys
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +32,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.example_libraries import optimizers
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import analog
 import network
+from img import figures
 
 CHUNK = 200         # meta-iterations between two checkpoints and rows of metrics.csv
 TEST_CHIPS = 64     # chips tested at a time, and for a row of metrics.csv
@@ -81,7 +80,8 @@ class Config:
     twait: float = flag(50.0, "S", "from tprog to the query in meta-training, s")
     ttest: float = flag(251.0, "S", "time of the query in the meta-test, s since deployment")
     run_dir: str = flag(None, "DIR", "folder of this run (default: run/ and the device's name)", compiled=False)
-    resume: bool = flag(False, "", "go on from the run folder's checkpoint; once n_iter is reached, only test", compiled=False)
+    resume: bool = flag(False, "", "go on from the run folder's checkpoint; once n_iter is reached, only test",
+                        compiled=False)
 
 
 class UserError(Exception):
@@ -596,87 +596,6 @@ def prepare(argv):
     return cfg, device, Checkpoint(start(cfg, device), 0, [], settings), folder, lock
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
-
-TRUTH, BEFORE, AFTER, LATE = "black", "#999999", "#0072B2", "#D55E00"    # one colour a quantity, told apart in grey
-
-
-def save_figure(figure, name, device):
-    path = FIGURES/f"{name}{'' if device.name == 'pcm' else '_' + device.name}.png"
-    image = io.BytesIO()
-    figure.savefig(image, dpi=150)
-    try:
-        FIGURES.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {FIGURES}: {error.strerror}", 1) from None
-    write(path, image.getvalue())
-    return path
-
-
-def band(axes, x, values, **style):
-    """Mean of values [n, len(x)] with its 95 % confidence interval."""
-    mean, half = (np.asarray(summary(values)[key]) for key in ("mean", "ci95"))
-    axes.plot(x, mean, **style)
-    axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.25, lw=0)
-
-
-def draw_training(rows):
-    """Outer loss and test error against meta-iterations."""
-    row = dict(zip(COLUMNS, np.array(rows).T))
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for level, label in ((MSE_ZERO, "predicting 0"), (MSE_MEAN, "best function that ignores the task")):
-        axes.axhline(level, color=TRUTH, lw=1, ls=":")
-        axes.text(row["step"][-1], level*1.02, label, ha="right", va="bottom", fontsize=9)
-    axes.plot(row["step"], row["test_before"], color=BEFORE, label="meta-test, before adaptation")
-    axes.plot(row["step"], row["loss"], color=LATE, ls="--", label="outer loss, meta-training tasks")
-    axes.plot(row["step"], row["test_mse"], color=AFTER, label=f"meta-test, after adaptation ({TEST_CHIPS} chips)")
-    axes.fill_between(row["step"], row["test_mse"] - row["test_ci95"], row["test_mse"] + row["test_ci95"],
-                      color=AFTER, alpha=0.2, lw=0)
-    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log")
-    axes.set_yticks([0.5, 1, 2, 3, 5], ["0.5", "1", "2", "3", "5"], minor=False)
-    axes.legend(fontsize=9, loc="center right")
-    return figure
-
-
-def draw_testing(cfg, episodes):
-    """Four tasks before and after adaptation, and the error against inner steps."""
-    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
-    axes = figure.subplot_mosaic("AABBEEE\nCCDDEEE")
-    x = network.level_centres(cfg.dac_bits)
-    for i, panel in enumerate("ABCD"):
-        truth, before, after = episodes.curves[i]
-        axes[panel].plot(x, truth, color=TRUTH, lw=1.2, label="task")
-        axes[panel].plot(x, before, color=BEFORE, lw=1.2, ls="--", label="before")
-        axes[panel].plot(x, after, color=AFTER, lw=1.6, label="after")
-        axes[panel].plot(episodes.x[i], episodes.y[i], "o", color=LATE, ms=4, label="support")
-        axes[panel].set(xlim=network.X_RANGE, xlabel="x" if panel in "CD" else None,
-                        ylabel="y, mean over time" if panel in "AC" else None)
-    figure.legend(*axes["A"].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9, frameon=False)
-    steps = np.arange(cfg.n_inner + 1)
-    for values, color, style, label in ((episodes.mse, AFTER, "-", "all time steps"),
-                                        (episodes.mse_last, LATE, "--", "last time step")):
-        band(axes["E"], steps, values, color=color, ls=style, marker="o", label=label)
-    axes["E"].set(xlabel="inner steps", ylabel="mean squared error", xticks=steps, ylim=0)
-    axes["E"].set_title(f"{len(episodes.mse)} tasks, a chip each; 95 % band", fontsize=9)
-    axes["E"].legend(fontsize=9)
-    return figure
-
-
-def draw_drift(ages, errors):
-    """Error against time since deployment; errors [n, ages, 4] as adapt_again returns them."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
-    styles = (BEFORE, "-", "never adapted"), (AFTER, "-", "adapted once, at 101 s"), \
-        (LATE, "--", "adapted again at that time"), (TRUTH, ":", "the same, pulses act on the drifted G")
-    for i, (color, style, label) in enumerate(styles):
-        band(axes, ages, errors[:, :, i], color=color, ls=style, label=label)
-    axes.set(xscale="log", xlabel="time since deployment (s)", ylabel="mean squared error", ylim=0)
-    axes.set_title(f"{len(errors)} tasks, a chip each; 95 % band", fontsize=9)
-    axes.legend(fontsize=9)
-    return figure
-
-
 # ---- main -----------------------------------------------------------------------------------------------------------
 
 def assert_sound(metrics, step, folder):
@@ -751,6 +670,24 @@ def report(results):
     print(f"  {'  over a step of Adam at 1e-3':<44}{results['dw']['mean']/1e-3:9.1f}")
 
 
+def draw(cfg, device, rows, episodes, errors):
+    """Write the run's figures; their paths."""
+    row = dict(zip(COLUMNS, np.array([row[:len(COLUMNS)] for row in rows]).T))
+    yardsticks = {"predicting 0": MSE_ZERO, "best function that ignores the task": MSE_MEAN}
+    drawn = {"meta_testing": figures.testing(network.level_centres(cfg.dac_bits), episodes),
+             "drift": figures.aging(AGES, errors),
+             **({"meta_training": figures.training(row, yardsticks, TEST_CHIPS)} if rows else {})}
+    suffix = "" if device.name == "pcm" else f"_{device.name}"
+    paths = [FIGURES/f"{name}{suffix}.png" for name in drawn]
+    try:
+        FIGURES.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {FIGURES}: {error.strerror}", 1) from None
+    for path, figure in zip(paths, drawn.values()):
+        write(path, figures.png(figure))
+    return paths
+
+
 def announce(cfg, device, folder, step):
     mode = f"{device.name} devices, seed {cfg.seed}, run folder {folder}"
     print(f"meta-analog on {jax.default_backend()} ({jax.device_count()} devices, {os.cpu_count()} cores): {mode}")
@@ -774,10 +711,7 @@ def run(cfg, device, checkpoint, folder):
     episodes, errors, results = meta_test(cfg, device, checkpoint)
     write(folder/"results.json", json.dumps(results, indent=1).encode())
     report(results)
-    figures = {"meta_testing": draw_testing(cfg, episodes), "drift": draw_drift(AGES, errors)}
-    if checkpoint.rows:
-        figures["meta_training"] = draw_training([row[:len(COLUMNS)] for row in checkpoint.rows])
-    paths = [save_figure(figure, name, device) for name, figure in figures.items()]
+    paths = draw(cfg, device, checkpoint.rows, episodes, errors)
     print(f"results in {folder}/ (config.json metrics.csv results.json checkpoint.npz), figures in "
           f"{' '.join(map(str, paths))}")
 

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 
 import analog  # noqa: E402
 import train  # noqa: E402
+from img import figures  # noqa: E402
 
 N_TASKS = 50
 PERIOD = 1000.0     # s from one task to the next
@@ -54,15 +54,16 @@ def main(folder, n_chips=256):
     checkpoint = train.load(Path(folder))
     cfg, device = train.settled(checkpoint.settings)
     meta = train.optimizer(cfg)[2](checkpoint.state)
-    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    figure = figures.Figure(figsize=(9.6, 3.8), layout="constrained")
     axes, numbers = figure.subplots(1, 2), {}
-    for every, color, style, label in ((1e9, train.BEFORE, "-", "never refreshed"),
-                                       (10.0, train.AFTER, "--", "refreshed every 10 tasks"),
-                                       (1.0, train.LATE, ":", "refreshed before every task")):
+    for every, color, style, label in ((1e9, figures.BEFORE, "-", "never refreshed"),
+                                       (10.0, figures.AFTER, "--", "refreshed every 10 tasks"),
+                                       (1.0, figures.LATE, ":", "refreshed before every task")):
         lives = train.test(life, cfg, device, meta, every, n_chips, train.stream(cfg, 4))
         for ax, values in zip(axes, (lives[:, :, 1], 100*lives[:, :, 2])):
-            train.band(ax, np.arange(1, N_TASKS + 1), values, color=color, ls=style, label=label)
-        numbers[label] = {f"tasks {a + 1} to {a + 10}": train.summary(lives[:, a:a + 10, 1].mean(1)) for a in range(0, 50, 10)}
+            figures.band(ax, np.arange(1, N_TASKS + 1), values, color=color, ls=style, label=label)
+        numbers[label] = {f"tasks {a + 1} to {a + 10}": train.summary(lives[:, a:a + 10, 1].mean(1))
+                          for a in range(0, N_TASKS, 10)}
         print(label, *(f"{name}: {x['mean']:.3f} ± {x['ci95']:.3f}," for name, x in numbers[label].items()),
               f"saturated at the end {100*lives[:, -1, 2].mean():.1f} %")
     axes[0].set(xlabel="task in sequence on one chip", ylabel="mean squared error after adaptation", ylim=0)

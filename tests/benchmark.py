@@ -21,7 +21,6 @@ sys.path.insert(0, str(SCRIPTS))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-import analog  # noqa: E402
 import network  # noqa: E402
 import train  # noqa: E402
 

@@ -1,0 +1,118 @@
+"""The figures, from plain arrays: one colour a quantity, told apart in grey, bands of 95 % where a mean is shown."""
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+
+TRUTH, BEFORE, AFTER, LATE = "black", "#999999", "#0072B2", "#D55E00"
+LAW, SAMPLES = TRUTH, AFTER    # a law without noise, simulated devices
+
+
+def png(figure):
+    """The figure's file as bytes."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()
+
+
+def band(axes, x, values, **style):
+    """Mean of values [n, len(x)] with its 95 % confidence interval."""
+    mean, half = np.mean(values, 0), 1.96*np.std(values, 0, ddof=1)/len(values)**0.5
+    axes.plot(x, mean, **style)
+    axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.25, lw=0)
+
+
+def law_panel(axes, title, x, xlabel, ylabel, law, samples):
+    """Noise-free law as a line over simulated devices [n, len(x)], their mean and ± 1 std as a band."""
+    mean, std = np.mean(samples, 0), np.std(samples, 0)
+    axes.fill_between(x, mean - std, mean + std, color=SAMPLES, alpha=0.3, lw=0, label="simulated, ± 1 std")
+    axes.plot(x, mean, color=SAMPLES, ls="--", label="simulated, mean")
+    axes.plot(x, law, color=LAW, lw=1.2, label="law without noise")
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if title == "DRIFT" else "linear")
+
+
+def device(panels):
+    """The device's laws, a panel each, from (title, x, x label, y label, law, samples)."""
+    figure = Figure(figsize=(9.6, 7.0), layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
+    for ax, panel in zip(axes, panels):
+        law_panel(ax, *panel)
+    axes[0].set_xticks(range(0, 21, 5))
+    axes[0].legend(fontsize=9, loc="lower right")
+    return figure
+
+
+def network(dt, x_range, u, z0, v1, z1, output):
+    """One presentation: input u, spikes z0 and z1 [T, n], membrane potentials v1 of layer 1, output [T]; dt in ms."""
+    figure = Figure(figsize=(6.4, 7.2), layout="constrained")
+    axes = figure.subplots(5, 1, sharex=True, height_ratios=(0.5, 1.2, 1.2, 1, 1))
+    t = dt*np.arange(1, len(z0) + 1)
+    axes[0].plot(t, np.full(len(t), u), color=TRUTH)
+    axes[0].set(ylabel="input u0", ylim=x_range, title=f"one input, u0 = {u:.2f}, held for {t[-1]:.0f} ms")
+    for layer, (ax, spikes) in enumerate(zip(axes[1:], (z0, z1))):
+        step, neuron = np.nonzero(spikes)
+        ax.plot(t[step], neuron, "|", color=TRUTH, ms=3)
+        ax.set(ylabel=f"neuron of\nlayer {layer}", ylim=(-1, spikes.shape[1]))
+    busiest = int(np.argmax(z1.sum(0)))
+    axes[3].plot(t, v1[:, busiest], color=AFTER)
+    axes[3].axhline(1, color=TRUTH, lw=1, ls=":")
+    axes[3].set(ylabel=f"v of neuron {busiest},\nlayer 1 (dotted:\nthreshold)")
+    axes[4].plot(t, output, color=LATE)
+    axes[4].set(ylabel="readout ŷ", xlabel="time (ms)")
+    return figure
+
+
+def training(row, yardsticks, n_chips):
+    """Outer loss and test error against meta-iterations; row has metrics.csv's columns, yardsticks {label: error}."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for label, level in yardsticks.items():
+        axes.axhline(level, color=TRUTH, lw=1, ls=":")
+        axes.text(row["step"][-1], level*1.02, label, ha="right", va="bottom", fontsize=9)
+    axes.plot(row["step"], row["test_before"], color=BEFORE, label="meta-test, before adaptation")
+    axes.plot(row["step"], row["loss"], color=LATE, ls="--", label="outer loss, meta-training tasks")
+    axes.plot(row["step"], row["test_mse"], color=AFTER, label=f"meta-test, after adaptation ({n_chips} chips)")
+    axes.fill_between(row["step"], row["test_mse"] - row["test_ci95"], row["test_mse"] + row["test_ci95"],
+                      color=AFTER, alpha=0.2, lw=0)
+    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log")
+    axes.set_yticks([0.5, 1, 2, 3, 5], ["0.5", "1", "2", "3", "5"], minor=False)
+    axes.legend(fontsize=9, loc="center right")
+    return figure
+
+
+def testing(x, episodes):
+    """Four tasks before and after adaptation at inputs x [L], and the error against inner steps."""
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    axes = figure.subplot_mosaic("AABBEEE\nCCDDEEE")
+    for i, panel in enumerate("ABCD"):
+        truth, before, after = episodes.curves[i]
+        axes[panel].plot(x, truth, color=TRUTH, lw=1.2, label="task")
+        axes[panel].plot(x, before, color=BEFORE, lw=1.2, ls="--", label="before")
+        axes[panel].plot(x, after, color=AFTER, lw=1.6, label="after")
+        axes[panel].plot(episodes.x[i], episodes.y[i], "o", color=LATE, ms=4, label="support")
+        axes[panel].set(xlim=(-5, 5), xlabel="x" if panel in "CD" else None,
+                        ylabel="y, mean over time" if panel in "AC" else None)
+    figure.legend(*axes["A"].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9, frameon=False)
+    steps = np.arange(episodes.mse.shape[1])
+    for values, color, style, label in ((episodes.mse, AFTER, "-", "all time steps"),
+                                        (episodes.mse_last, LATE, "--", "last time step")):
+        band(axes["E"], steps, values, color=color, ls=style, marker="o", label=label)
+    axes["E"].set(xlabel="inner steps", ylabel="mean squared error", xticks=steps, ylim=0)
+    axes["E"].set_title(f"{len(episodes.mse)} tasks, a chip each; 95 % band", fontsize=9)
+    axes["E"].legend(fontsize=9)
+    return figure
+
+
+def aging(ages, errors):
+    """Error against time since deployment; errors [n, ages, 4]."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    styles = (BEFORE, "-", "never adapted"), (AFTER, "-", "adapted once, at 101 s"), \
+        (LATE, "--", "adapted again at that time"), (TRUTH, ":", "the same, pulses act on the drifted G")
+    for i, (color, style, label) in enumerate(styles):
+        band(axes, ages, errors[:, :, i], color=color, ls=style, label=label)
+    axes.set(xscale="log", xlabel="time since deployment (s)", ylabel="mean squared error", ylim=0)
+    axes.set_title(f"{len(errors)} tasks, a chip each; 95 % band", fontsize=9)
+    axes.legend(fontsize=9)
+    return figure
