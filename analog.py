@@ -45,7 +45,7 @@ class Device(NamedTuple):
     read_slope: float        # std of read noise, per µS of G(t)
     read_offset: float       # µS
     prog_err: float          # std of the error left by program-and-verify, as a share of the crossbar's largest G
-    set_on_drifted: float = 0.0   # what a pulse adds to: 0, G as specified at t0; 1, G as it has drifted
+    set_on_drifted: float = 0.0   # what a pulse adds to: 0, G as specified at t0; 1, G as it has drifted since
     prog_std: tuple = (0.0, 0.0, 0.0)        # µS, programming error added as std c0 + c1·r + c2·r²
     nu_log: tuple = (0.0, 0.0, 1e9)          # ν mean = clip(nu_mean + k·ln r, low, high), as (k, low, high)
     nu_std_log: tuple = (0.0, 0.0, 1e9)      # the same for ν's spread
@@ -184,7 +184,8 @@ def drift(device, xbar, t):
 def set_pulse(key, device, xbar, mask, t):
     """One SET pulse at time t (s) on the devices whose mask is 1; mask (0 or 1, any float) passes a gradient."""
     p = xbar.p*math.exp(-1/device.history_decay)
-    g = xbar.g + device.set_on_drifted*(drift(device, xbar, t) - xbar.g)
+    lost = xbar.g - jnp.minimum(drift(device, xbar, t), xbar.g)    # nothing before t0
+    g = xbar.g - device.set_on_drifted*lost
     mean = device.set_slope*g + device.set_offset + device.set_history*p
     std = device.set_std_slope*g + device.set_std_offset + device.set_std_history*p
     pulsed = clip(g + mean + std*jax.random.normal(key, g.shape), device.g_min, device.g_max)

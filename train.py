@@ -40,7 +40,6 @@ from img import figures
 
 CHUNK = 200         # meta-iterations between two checkpoints and rows of metrics.csv
 TEST_CHIPS = 64     # chips tested at a time, and for a row of metrics.csv
-MSE_ZERO, MSE_MEAN = 4.252, 3.006    # yardsticks: predicting 0; the best function that ignores the task
 FIGURES = Path("img")
 
 
@@ -55,7 +54,7 @@ def flag(default, unit, help, compiled=True):
 class Config:
     """Every setting of a run, and the command line."""
     seed: int = flag(0, "N", "seed of every random draw")
-    n_iter: int = flag(20_000, "N", "meta-iterations", compiled=False)
+    n_iter: int = flag(4000, "N", "meta-iterations", compiled=False)
     device: str = flag("pcm", "NAME|FILE", "device model: pcm, pcm_history, perf, or a JSON file of constants")
     perf: bool = flag(False, "", "ideal devices, the same as --device perf")
     n_inner: int = flag(1, "N", "inner steps: times that a new task is looked at and pulsed")
@@ -92,7 +91,7 @@ class UserError(Exception):
         self.status = status
 
 
-# ---- tasks: to learn another family, replace the class and the two functions after it -------------------------------
+# ---- tasks: to learn another family, replace the class, the two functions after it and YARDSTICKS -------------------
 
 class Sinusoid(NamedTuple):
     """A sin(x + φ) for B tasks, as a·sin x + b·cos x: sines are then taken of x alone. Fields [B]."""
@@ -111,6 +110,9 @@ def draw_tasks(key, n):
 def target(tasks, x):
     """y [..., B] of every task at its inputs x [..., B] or [..., 1]."""
     return tasks.a*jnp.sin(x) + tasks.b*jnp.cos(x)
+
+
+YARDSTICKS = {"predicting 0": 4.252, "best function that ignores the task": 3.006}    # E[y²], and 2.55·(2/π)·cos x
 
 
 class Support(NamedTuple):
@@ -276,7 +278,7 @@ def start(cfg, device):
 
 
 def stream(cfg, index):
-    """Key of the start (0), of meta-training (1), of the meta-test (2) or of the drift study (3)."""
+    """Key of the start (0), of meta-training (1), of the meta-test (2), of the drift study (3), of a chip's life (4)."""
     return jax.random.fold_in(jax.random.key(cfg.seed), index)
 
 
@@ -365,7 +367,8 @@ def episode(key, cfg, device, meta, times):
 
 def adapt_again(key, cfg, device, meta, t):
     """Squared errors [4] of one chip at age t (s): never adapted, adapted once at tprog, adapted again to the same task
-    at t with the query at t + ttest − tprog, and that again with pulses that act on the drifted conductances."""
+    at t with the query at t + ttest − tprog, and that again with pulses that act on the drifted conductances. The four
+    share their noise, so that they differ by what they do alone."""
     task_key, support_key, chip_key, *keys = jax.random.split(key, 9)
     tasks = draw_tasks(task_key, 1)
     support, query = by_level(cfg, *draw_support(support_key, cfg, tasks)), query_targets(cfg, tasks)
@@ -497,11 +500,15 @@ def hold(folder):
 
 def move_aside(folder):
     """Rename a folder that holds a checkpoint to the first free folder.1, folder.2, ..."""
-    n = 1
+    folder, n = folder.absolute(), 1
     while (free := folder.with_name(f"{folder.name}.{n}")).exists():
         n += 1
-    folder.rename(free)
-    print(f"earlier run: {folder} is now {free}")
+    try:
+        folder.rename(free)
+    except OSError as error:
+        raise UserError(f"cannot move the earlier run {folder} aside: {error.strerror}; name another folder with --run_dir"
+                        ) from None
+    print(f"earlier run: {folder.name} is now {free.name}")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -525,8 +532,8 @@ def check(cfg):
     """Refuse settings that make no sense."""
     for name, low, high in (("n_iter", 0, 2**31 - 1), ("seed", 0, 2**32 - 1), ("n_inner", 1, 64), ("n_bits", 2, 8),
                             ("dac_bits", 1, 12), ("lr_drop", 0, 2**31 - 1),
-                            *((name, 1, 2**20) for name in ("task_size", "n_h0", "n_h1", "batch_train", "batch_test",
-                                                            "n_chips"))):
+                            ("batch_test", 4, 2**20),
+                            *((name, 1, 2**20) for name in ("task_size", "n_h0", "n_h1", "batch_train", "n_chips"))):
         if not low <= getattr(cfg, name) <= high:
             raise UserError(f"--{name} must be from {low} to {high}, not {getattr(cfg, name)}")
     for name in ("lr_out", "tau_mem", "tau_out", "grad_thr"):
@@ -543,15 +550,19 @@ def check(cfg):
                         f"({cfg.twait:g}) ≥ n_inner ({cfg.n_inner}) and ttest ({cfg.ttest:g}) > last pulse ({last:g})")
 
 
-def configure(flags):
-    """Config and Device of a fresh run."""
+def device_of(flags):
+    """The Device that the flags name."""
     if flags.get("perf") and flags.get("device", "perf") != "perf":
         raise UserError("--perf is --device perf: give one of the two")
-    cfg = Config(**flags)
     try:
-        device = analog.load_device("perf" if cfg.perf else cfg.device)
+        return analog.load_device("perf" if flags.get("perf") else flags.get("device", Config.device))
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
+
+
+def configure(flags):
+    """Config and Device of a fresh run."""
+    cfg, device = Config(**flags), device_of(flags)
     cfg = dataclasses.replace(cfg, device=device.name, perf=device.name == "perf",
                               lr_drop=cfg.n_iter*6//10 if cfg.lr_drop is None else cfg.lr_drop,
                               run_dir=cfg.run_dir or f"run/{device.name}")
@@ -566,8 +577,10 @@ def resumed(flags, folder):
     """Config, Device and Checkpoint of a folder's run, with the flags that may change."""
     checkpoint = load(folder)
     cfg, device = settled(checkpoint.settings)
+    if {"device", "perf"} & set(flags) and device_of(flags) != device:
+        raise UserError(f"{folder} holds a run with other constants of --device {device.name}: resume it without --device")
     for name, value in flags.items():
-        if name not in MAY_CHANGE and value != getattr(cfg, name):
+        if name not in (*MAY_CHANGE, "device", "perf") and value != getattr(cfg, name):
             raise UserError(f"{folder} holds a run with --{name} {getattr(cfg, name)}, not {value}: resume it without "
                             "that flag, or start another with --run_dir")
     cfg = dataclasses.replace(cfg, **{name: value for name, value in flags.items() if name in MAY_CHANGE})
@@ -581,7 +594,7 @@ def prepare(argv):
     """Config, Device, run folder, its lock and the Checkpoint to go on from."""
     flags = given(argv)
     if flags.get("resume"):
-        named = flags.get("run_dir") or f"run/{configure(flags)[1].name}"
+        named = flags.get("run_dir") or f"run/{device_of(flags).name}"
         if not Path(named).is_dir():
             raise UserError(f"there is no run folder {named} to resume; name it with --run_dir")
         lock = hold(Path(named))
@@ -598,12 +611,12 @@ def prepare(argv):
 
 # ---- main -----------------------------------------------------------------------------------------------------------
 
-def assert_sound(metrics, step, folder):
+def assert_sound(state, metrics, step, folder):
     """Stop a run that has diverged; the last checkpoint stands."""
     def stop(what, advice):
         raise UserError(f"stopped at iteration {step}: {what}; {advice}. The last good checkpoint is in {folder}", 1)
 
-    if not all(np.isfinite(metrics)):
+    if not all(np.isfinite(x).all() for x in (*metrics, *jax.tree.leaves(state))):
         stop("the loss is not finite", "try a smaller --lr_out")
     for layer, rate in ((0, metrics.rate0), (1, metrics.rate1)):
         if rate <= 0:
@@ -619,7 +632,7 @@ def train(cfg, device, checkpoint, folder):
         while checkpoint.step < cfg.n_iter:
             last = min((checkpoint.step//CHUNK + 1)*CHUNK, cfg.n_iter)
             state, metrics = jax.device_get(train_chunk(cfg, device, checkpoint.state, checkpoint.step, last))
-            assert_sound(metrics, last, folder)
+            assert_sound(state, metrics, last, folder)
             meta = optimizer(cfg)[2](state)
             tested = summary(test(episode, cfg, device, meta, times, TEST_CHIPS, stream(cfg, 2)).mse)
             row = [last, *metrics, tested["mean"][0], tested["mean"][-1], tested["ci95"][-1], *np.exp(meta.log_theta)]
@@ -630,7 +643,7 @@ def train(cfg, device, checkpoint, folder):
     return checkpoint
 
 
-AGES = np.logspace(2, 7, 11).astype(np.float32) + 51    # s: 151 s, the age of the query in meta-training, and later
+SINCE = np.append(0, np.logspace(2.5, 7, 10)).astype(np.float32)    # s after the age of meta-training's query
 
 
 def meta_test(cfg, device, checkpoint):
@@ -640,10 +653,11 @@ def meta_test(cfg, device, checkpoint):
     episodes = test(episode, cfg, device, meta, times, cfg.batch_test, stream(cfg, 2))
     elsewhere = test(episode, cfg, analog.aihwkit(device), meta, times, cfg.batch_test, stream(cfg, 2))
     n_drift = min(cfg.batch_test, 4*TEST_CHIPS)
-    errors = np.stack([test(adapt_again, cfg, device, meta, age, n_drift, stream(cfg, 3)) for age in AGES], 1)
+    ages = cfg.tprog + cfg.twait + SINCE
+    errors = np.stack([test(adapt_again, cfg, device, meta, age, n_drift, stream(cfg, 3)) for age in ages], 1)
     scalars = {name: summary(getattr(episodes, name)) for name in Episode._fields if name not in ("x", "y", "curves")}
     names = "never", "once", "again", "again_on_drifted"
-    drift = {"age_s": AGES.tolist(), **{name: summary(errors[:, :, i]) for i, name in enumerate(names)}}
+    drift = {"age_s": ages.tolist(), **{name: summary(errors[:, :, i]) for i, name in enumerate(names)}}
     return episodes, errors, {"step": checkpoint.step, **scalars, "transfer": summary(elsewhere.mse),
                               "theta": np.exp(meta.log_theta).tolist(), "drift": drift}
 
@@ -672,11 +686,11 @@ def report(results):
 
 def draw(cfg, device, rows, episodes, errors):
     """Write the run's figures; their paths."""
+    ages = cfg.tprog + cfg.twait + SINCE
     row = dict(zip(COLUMNS, np.array([row[:len(COLUMNS)] for row in rows]).T))
-    yardsticks = {"predicting 0": MSE_ZERO, "best function that ignores the task": MSE_MEAN}
     drawn = {"meta_testing": figures.testing(network.level_centres(cfg.dac_bits), episodes),
-             "drift": figures.aging(AGES, errors),
-             **({"meta_training": figures.training(row, yardsticks, TEST_CHIPS)} if rows else {})}
+             "drift": figures.aging(ages, errors, cfg.tprog),
+             **({"meta_training": figures.training(row, YARDSTICKS, TEST_CHIPS)} if rows else {})}
     suffix = "" if device.name == "pcm" else f"_{device.name}"
     paths = [FIGURES/f"{name}{suffix}.png" for name in drawn]
     try:
@@ -722,7 +736,10 @@ def configure_devices():
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
         place = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))    # else the cluster tells
-        jax.distributed.initialize(None, *(int(x) if x else None for x in place))
+        try:
+            jax.distributed.initialize(None, *(int(x) if x else None for x in place))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"cannot join the hosts at JAX_COORDINATOR_ADDRESS: {str(error).splitlines()[0]}") from None
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
 
@@ -730,8 +747,8 @@ def configure_devices():
 def main(argv=None):
     """Run the command line; the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    configure_devices()
     try:
+        configure_devices()
         *settings, lock = prepare(argv)
         with lock:
             run(*settings)

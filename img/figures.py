@@ -69,14 +69,15 @@ def training(row, yardsticks, n_chips):
     axes = figure.subplots()
     for label, level in yardsticks.items():
         axes.axhline(level, color=TRUTH, lw=1, ls=":")
-        axes.text(row["step"][-1], level*1.02, label, ha="right", va="bottom", fontsize=9)
+        axes.text(row["step"][-1], level*0.98, label, ha="right", va="top", fontsize=9)
     axes.plot(row["step"], row["test_before"], color=BEFORE, label="meta-test, before adaptation")
     axes.plot(row["step"], row["loss"], color=LATE, ls="--", label="outer loss, meta-training tasks")
     axes.plot(row["step"], row["test_mse"], color=AFTER, label=f"meta-test, after adaptation ({n_chips} chips)")
     axes.fill_between(row["step"], row["test_mse"] - row["test_ci95"], row["test_mse"] + row["test_ci95"],
                       color=AFTER, alpha=0.2, lw=0)
     axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log")
-    axes.set_yticks([0.5, 1, 2, 3, 5], ["0.5", "1", "2", "3", "5"], minor=False)
+    axes.set_yticks([0.5, 1, 2, 3, 5], ["0.5", "1", "2", "3", "5"])
+    axes.minorticks_off()
     axes.legend(fontsize=9, loc="center right")
     return figure
 
@@ -84,6 +85,7 @@ def training(row, yardsticks, n_chips):
 def testing(x, episodes):
     """Four tasks before and after adaptation at inputs x [L], and the error against inner steps."""
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
     axes = figure.subplot_mosaic("AABBEEE\nCCDDEEE")
     for i, panel in enumerate("ABCD"):
         truth, before, after = episodes.curves[i]
@@ -91,7 +93,7 @@ def testing(x, episodes):
         axes[panel].plot(x, before, color=BEFORE, lw=1.2, ls="--", label="before")
         axes[panel].plot(x, after, color=AFTER, lw=1.6, label="after")
         axes[panel].plot(episodes.x[i], episodes.y[i], "o", color=LATE, ms=4, label="support")
-        axes[panel].set(xlim=(-5, 5), xlabel="x" if panel in "CD" else None,
+        axes[panel].set(xlim=(x[0], x[-1]), xlabel="x" if panel in "CD" else None,
                         ylabel="y, mean over time" if panel in "AC" else None)
     figure.legend(*axes["A"].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9, frameon=False)
     steps = np.arange(episodes.mse.shape[1])
@@ -104,11 +106,11 @@ def testing(x, episodes):
     return figure
 
 
-def aging(ages, errors):
+def aging(ages, errors, t_adapt):
     """Error against time since deployment; errors [n, ages, 4]."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    styles = (BEFORE, "-", "never adapted"), (AFTER, "-", "adapted once, at 101 s"), \
+    styles = (BEFORE, "-", "never adapted"), (AFTER, "-", f"adapted once, at {t_adapt:g} s"), \
         (LATE, "--", "adapted again at that time"), (TRUTH, ":", "the same, pulses act on the drifted G")
     for i, (color, style, label) in enumerate(styles):
         band(axes, ages, errors[:, :, i], color=color, ls=style, label=label)

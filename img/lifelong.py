@@ -37,9 +37,9 @@ def life(key, cfg, device, meta, every):
         tasks = train.draw_tasks(task_key, 1)
         support = train.by_level(cfg, *train.draw_support(support_key, cfg, tasks))
         query = train.query_targets(cfg, tasks)
-        readout = jax.lax.cond((k > 0) & (k % every == 0), lambda xbar: analog.refresh(
-            refresh_key, device, xbar, t - 2).xbar, lambda xbar: xbar, readout)
         times = train.Times(t - (cfg.tprog - cfg.tread), t, t + cfg.ttest - cfg.tprog)
+        readout = jax.lax.cond((k > 0) & (k % every == 0), lambda xbar: analog.refresh(
+            refresh_key, device, xbar, times.read - 10).xbar, lambda xbar: xbar, readout)
         after = train.adapt(adapt_key, cfg, device, chip._replace(readout=readout), theta, support, times)[-1].readout
         e = train.activity(hidden_key, cfg, device, chip, times.query).trace
         errors = [train.mse(e, train.read_weights(read_key, device, xbar, times.query), query)[0]

@@ -1,10 +1,13 @@
 """Every test runs on the CPU, with strict dtype promotion and NaN checks, and imports the scripts from the folder above."""
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"    # compiles faster; the results are held against laws
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())    # shared by workers and the runs they start
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 

@@ -79,7 +79,7 @@ def test_from_start_to_figures(tmp_path, mode, suffix):
 
 
 BAD = ["--n_iter -1", "--n_inner 0", "--n_bits 1", "--n_bits 9", "--dac_bits 0", "--task_size 0", "--n_h0 0", "--n_h1 0",
-       "--batch_train 0", "--batch_test 0", "--n_chips 0", "--lr_out 0", "--lr_out nan", "--lr_out inf", "--tau_mem 0",
+       "--batch_train 0", "--batch_test 3", "--n_chips 0", "--lr_out 0", "--lr_out nan", "--lr_out inf", "--tau_mem 0",
        "--tau_out -1", "--tau_out nan", "--off_noise -0.1", "--tread 101", "--tprog 99", "--twait 0.5", "--ttest 101",
        "--n_inner 60", "--n_iter two", "--lr_out x", "--nonsense 3", "--device nowhere", "--perf --device pcm",
        "--seed -1", "--resume", "--run_dir /proc/nowhere", "--lr", "--n_it 3", "stray", "--grad_thr 0", "--lr_drop -2"]
@@ -122,7 +122,7 @@ def test_an_earlier_run_is_moved_aside(here, capsys):
     for _ in range(3):
         status, out, _ = call(capsys, "--n_iter", "0")
         assert status == 0
-    assert "earlier run: run/pcm is now run/pcm.2" in out
+    assert "earlier run: pcm is now pcm.2" in out
     for name in ("pcm", "pcm.1", "pcm.2"):
         assert (here/"run"/name/"checkpoint.npz").exists()
 
@@ -206,7 +206,7 @@ def test_a_users_device_trains(here, capsys):
     assert status == 0 and "reram devices" in out and (here/"img/drift_reram.png").exists()
     g = arrays(here/"run/reram")["readout"]
     assert np.all(g >= 2) and np.all(g <= 100) and g.max() > 5
-    assert call(capsys, "--resume", "--run_dir", "run/reram")[0] == 0    # the constants are in the checkpoint
+    assert call(capsys, "--resume", "--device", str(ROOT/"tests/reram.json"))[0] == 0
 
 
 values = st.one_of(st.text(max_size=4), st.sampled_from([
