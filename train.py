@@ -87,7 +87,7 @@ class UserError(Exception):
     """Something that the user can mend; its message is the one line shown, its status the exit status."""
 
     def __init__(self, message, status=2):
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))    # what the user typed may hold line breaks
         self.status = status
 
 

@@ -16,7 +16,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train
@@ -215,7 +215,8 @@ names = st.sampled_from([field.name for field in dataclasses.fields(train.Config
                          if field.name not in ("resume", "run_dir")] + ["nonsense", "n", ""])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500, deadline=None, derandomize=True)
+@example([("nonsense", "\r0")])
 @given(st.lists(st.tuples(names, values), max_size=4))
 def test_any_command_line_is_taken_or_refused_in_one_line(flags):
     argv = [word for name, value in flags for word in (f"--{name}", value)]
