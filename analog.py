@@ -275,7 +275,7 @@ def staircase_of_samples(key, device, n, n_pulses=20):
 
 
 def panels(device, n=2000):
-    """Per law: (title, x, x label, y label, law without noise at x, samples [2n, len(x)])."""
+    """Per law: (title, x, x scale, x label, y label, law without noise at x, samples [2n, len(x)])."""
     set_key, chip_key, read_key, program_key = jax.random.split(jax.random.key(0), 4)
     still = device._replace(nu_mean=0.0, nu_std=0.0, prog_err=0.0)
     g = jnp.linspace(device.g_min, device.g_max, 25)
@@ -283,15 +283,16 @@ def panels(device, n=2000):
     half = device.g_max/2
     t = np.logspace(0, 7, 29, dtype=np.float32)
     aged = fabricate(chip_key, device._replace(prog_err=0.0), jnp.full((2, n, 1), half))
-    target = jnp.broadcast_to(0.75*g, (2, n, 25))
-    made = program(program_key, device, fabricate(chip_key, device, target), target)
-    return [(f"SET, {device.name}", range(21), "pulses after RESET", "G (µS)", staircase(device, 20)[0],
+    target = jax.random.uniform(chip_key, (2, n, 1), minval=device.g_min, maxval=half)
+    chip, steps = fabricate(chip_key, device, target), (1, 2, 4, 8, 16, 32, 64)
+    errors = [np.ravel(program(program_key, device, chip, target, max_steps=k).xbar.g - target) for k in steps]
+    return [(f"SET, {device.name}", range(21), "linear", "pulses after RESET", "G (µS)", staircase(device, 20)[0],
              staircase_of_samples(set_key, device, n)),
-            ("READ", g, "programmed G (µS)", "measured G (µS)", g, measured.reshape(2*n, 25)),
-            ("DRIFT", t, "time since the pulse (s)", "G(t) (µS)", half*(t/device.t0)**-device.nu_mean,
+            ("READ", g, "linear", "programmed G (µS)", "measured G (µS)", g, measured.reshape(2*n, 25)),
+            ("DRIFT", t, "log", "time since the pulse (s)", "G(t) (µS)", half*(t/device.t0)**-device.nu_mean,
              np.stack([np.ravel(drift(device, aged, x)) for x in t], 1)),
-            ("PROGRAM AND VERIFY", 0.75*g, "target G (µS)", "reached G (µS)", 0.75*g,
-             made.xbar.g.reshape(2*n, 25))]
+            (f"PROGRAM AND VERIFY, targets up to {half:g} µS", steps, "log", "pulses and RESETs allowed",
+             "G − target (µS)", np.zeros(len(steps)), np.stack(errors, 1))]
 
 
 def programming_error(device, top, n=20_000):
@@ -300,8 +301,8 @@ def programming_error(device, top, n=20_000):
     target = jax.random.uniform(target_key, (2, n, 1), minval=device.g_min, maxval=top)
     made = program(program_key, device, fabricate(chip_key, device, target), target)
     rms = jnp.sqrt(jnp.mean((made.xbar.g - target)**2))
-    return (f"targets up to {top:4.1f} µS: {jnp.mean(made.pulses):5.1f} pulses and {jnp.mean(made.resets):.1f} RESETs a device, "
-            f"{100*jnp.mean(~made.done):4.1f} % miss, rms error {rms:.2f} µS = {rms/top:.3f} of the largest")
+    return (f"targets up to {top:4.1f} µS: {jnp.mean(made.pulses):5.1f} pulses and {jnp.mean(made.resets):.1f} RESETs a "
+            f"device, {100*jnp.mean(~made.done):4.1f} % miss, rms error {rms:.2f} µS = {rms/top:.3f} of the largest")
 
 
 if __name__ == "__main__":

@@ -22,18 +22,18 @@ def band(axes, x, values, **style):
     axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.25, lw=0)
 
 
-def law_panel(axes, title, x, xlabel, ylabel, law, samples):
+def law_panel(axes, title, x, scale, xlabel, ylabel, law, samples):
     """Noise-free law as a line over simulated devices [n, len(x)], their mean and ± 1 std as a band."""
     mean, std = np.mean(samples, 0), np.std(samples, 0)
     axes.fill_between(x, mean - std, mean + std, color=SAMPLES, alpha=0.3, lw=0, label="simulated, ± 1 std")
     axes.plot(x, mean, color=SAMPLES, ls="--", label="simulated, mean")
     axes.plot(x, law, color=LAW, lw=1.2, label="law without noise")
     axes.set_title(title, fontsize=10)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if title == "DRIFT" else "linear")
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale=scale)
 
 
 def device(panels):
-    """The device's laws, a panel each, from (title, x, x label, y label, law, samples)."""
+    """The device's laws, a panel each, from (title, x, x scale, x label, y label, law, samples)."""
     figure = Figure(figsize=(9.6, 7.0), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
     for ax, panel in zip(axes, panels):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(SCRIPTS))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
+import analog  # noqa: E402
 import network  # noqa: E402
 import train  # noqa: E402
 
@@ -117,6 +118,18 @@ train.jax.block_until_ready(train.train_chunk(cfg, device, train.start(cfg, devi
 """
 
 
+def devices(n=10**6):
+    """A function that pulses and reads n PCM devices."""
+    xbar = analog.fabricate(jax.random.key(0), analog.PCM, jnp.ones((2, n//2, 1)))
+
+    @jax.jit
+    def run(xbar):
+        xbar = analog.set_pulse(jax.random.key(1), analog.PCM, xbar, jnp.ones_like(xbar.g), 10.0)
+        return analog.read(jax.random.key(2), analog.PCM, xbar, 100.0)
+
+    return lambda: run(xbar)
+
+
 def process(*command):
     """Seconds that a Python process takes from start to end, and its peak memory in MB.
 
@@ -140,8 +153,8 @@ def table(full):
     times = alternate({
         "yardstick": yardstick(), "default": iterations(n), "inner4": iterations(n, n_inner=4),
         "tasks": iterations(n, batch_train=4096), "bits": iterations(n, dac_bits=8), "chips": iterations(n, n_chips=4),
-        "products": products()})
-    step = {name: seconds/(1 if name in ("yardstick", "products") else n) for name, seconds in times.items()}
+        "products": products(), "devices": devices()})
+    step = {name: seconds/(1 if name in ("yardstick", "products", "devices") else n) for name, seconds in times.items()}
     return [("yardstick, second-order autodiff", 1e3*step["yardstick"], "ms"),
             ("meta-iteration, n_inner 1", 1e3*step["default"], "ms"),
             ("meta-iteration, n_inner 4", 1e3*step["inner4"], "ms"),
@@ -151,6 +164,7 @@ def table(full):
             ("dac_bits 8 / dac_bits 7", step["bits"]/step["default"], "x"),
             ("4 chips / 1 chip", step["chips"]/step["default"], "x"),
             ("matrix products alone / meta-iteration", step["products"]/step["default"], "x"),
+            ("10⁶ devices pulsed and read", 1e3*step["devices"], "ms"),
             ("start of process to first meta-iteration", first, "s"),
             ("peak resident memory", memory, "MB"), *whole]
 
