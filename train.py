@@ -94,63 +94,71 @@ class UserError(Exception):
 # ---- tasks: to learn another family, replace the class, the two functions after it and YARDSTICKS -------------------
 
 class Sinusoid(NamedTuple):
-    """A sin(x + φ) for B tasks, as a·sin x + b·cos x: sines are then taken of x alone. Fields [B]."""
-    a: jax.Array
-    b: jax.Array
+    """A sin(x + φ), as coefficients · (sin x, cos x): sines are then taken of x alone."""
+    coefficients: jax.Array    # [2], A·(cos φ, sin φ)
 
 
-def draw_tasks(key, n):
-    """n tasks, A ~ U[0.1, 5] and φ ~ U[0, π]."""
+def draw_task(key):
+    """A ~ U[0.1, 5] and φ ~ U[0, π]."""
     amplitude_key, phase_key = jax.random.split(key)
-    amplitude = jax.random.uniform(amplitude_key, (n,), minval=0.1, maxval=5.0)
-    phase = jax.random.uniform(phase_key, (n,), minval=0.0, maxval=np.pi)
-    return Sinusoid(amplitude*jnp.cos(phase), amplitude*jnp.sin(phase))
+    amplitude = jax.random.uniform(amplitude_key, minval=0.1, maxval=5.0)
+    phase = jax.random.uniform(phase_key, minval=0.0, maxval=np.pi)
+    return Sinusoid(amplitude*jnp.stack([jnp.cos(phase), jnp.sin(phase)]))
 
 
-def target(tasks, x):
-    """y [..., B] of every task at its inputs x [..., B] or [..., 1]."""
-    return tasks.a*jnp.sin(x) + tasks.b*jnp.cos(x)
+def target(task, x):
+    """y of the task at its inputs x, of x's shape."""
+    return jnp.stack([jnp.sin(x), jnp.cos(x)], -1) @ task.coefficients
 
 
 YARDSTICKS = {"predicting 0": 4.252, "best function that ignores the task": 3.006}    # E[y²], and 2.55·(2/π)·cos x
 
 
 class Support(NamedTuple):
-    """Samples of B tasks, added up by input level."""
-    share: jax.Array    # [L, B], share of the samples at the level
-    y: jax.Array        # [L, B], sum of their targets over the number of samples
+    """A task's samples, added up by input level."""
+    share: jax.Array    # [L], share of the samples at the level
+    y: jax.Array        # [L], sum of their targets over the number of samples
 
 
 class Query(NamedTuple):
-    """Targets of B tasks over the whole input range."""
-    y: jax.Array        # [L, B], mean target over the level's cell
-    y2: jax.Array       # [B], mean squared target
+    """A task's targets over the whole input range."""
+    y: jax.Array        # [L], mean target over the level's cell
+    y2: jax.Array       # mean squared target
 
 
-def draw_support(key, cfg, tasks):
-    """Inputs x ~ U over the converter's span and targets, [task_size, B] each."""
-    low, high = network.X_RANGE
-    x = jax.random.uniform(key, (cfg.task_size, *tasks[0].shape), minval=low, maxval=high)
-    return x, target(tasks, x)
+class Trial(NamedTuple):
+    """A task to be learned: its samples [task_size], as the chip sees them, and what is asked of it then."""
+    x: jax.Array
+    y: jax.Array
+    support: Support
+    query: Query
 
 
 def by_level(cfg, x, y):
-    """Support of the samples x, y [N, B]."""
-    at = network.level(cfg.dac_bits, x), jnp.arange(x.shape[1])
-    empty = jnp.zeros((2**cfg.dac_bits, x.shape[1]))
+    """Support of the samples x, y [N]."""
+    at, empty = network.level(cfg.dac_bits, x), jnp.zeros(2**cfg.dac_bits)
     return Support(empty.at[at].add(1/len(x)), empty.at[at].add(y/len(x)))
 
 
-def query_targets(cfg, tasks):
+def query_targets(cfg, task):
     """Query by Gauss-Legendre quadrature over each level's cell: the converter's error is counted in full."""
     low, high = network.X_RANGE
-    centres, half_cell = network.level_centres(cfg.dac_bits)[:, None], (high - low)/2**(cfg.dac_bits + 1)
+    centres, half_cell = network.level_centres(cfg.dac_bits), (high - low)/2**(cfg.dac_bits + 1)
     quadrature = zip(*map(np.ndarray.tolist, np.polynomial.legendre.leggauss(max(2, 64//2**cfg.dac_bits))))
-    weights, y = zip(*((weight/2, target(tasks, centres + node*half_cell)) for node, weight in quadrature))
-    return Query(sum(w*y for w, y in zip(weights, y)), sum(w*jnp.mean(y**2, 0) for w, y in zip(weights, y)))
+    weights, y = zip(*((weight/2, target(task, centres + node*half_cell)) for node, weight in quadrature))
+    return Query(sum(w*y for w, y in zip(weights, y)), sum(w*jnp.mean(y**2) for w, y in zip(weights, y)))
 
 
-# ---- inner loop: one chip, B tasks ----------------------------------------------------------------------------------
+def draw_trial(key, cfg):
+    """A task and task_size samples of it, x ~ U over the converter's span."""
+    task_key, x_key = jax.random.split(key)
+    task, (low, high) = draw_task(task_key), network.X_RANGE
+    x = jax.random.uniform(x_key, (cfg.task_size,), minval=low, maxval=high)
+    y = target(task, x)
+    return Trial(x, y, by_level(cfg, x, y), query_targets(cfg, task))
+
+
+# ---- inner loop: one task on one chip; of its levels and tasks each device of the computer takes an equal part -------
 
 class Times(NamedTuple):
     """Of an episode, in s since deployment: first read, first pulse, query."""
@@ -161,8 +169,21 @@ class Times(NamedTuple):
 
 class Step(NamedTuple):
     """State after an inner step."""
-    readout: analog.Crossbar    # [2, H1, B], every task's own copy
-    pulses: jax.Array           # [2, H1, B], pulses fired in the step
+    readout: analog.Crossbar    # [2, H1, 1]
+    pulses: jax.Array           # [2, H1, 1], pulses fired in the step
+
+
+PARTS = "parts"    # axis of the devices that share a chip
+
+
+def part(x):
+    """This device's part of x's leading axis."""
+    return x.reshape(jax.lax.axis_size(PARTS), -1, *x.shape[1:])[jax.lax.axis_index(PARTS)]
+
+
+def whole(x):
+    """x of all the parts, joined along the leading axis."""
+    return jax.lax.all_gather(x, PARTS, tiled=True)
 
 
 def read_weights(key, device, xbar, t):
@@ -174,27 +195,29 @@ def decays(cfg):
 
 
 def activity(key, cfg, device, chip, t):
-    """Activity of every input level, from one read of the hidden crossbars at time t (s)."""
+    """Activity of this part's input levels, from one read of the hidden crossbars at time t (s)."""
     w = network.each(lambda key, xbar: read_weights(key, device, xbar, t), key, chip)
-    return network.simulate(decays(cfg), w, network.level_centres(cfg.dac_bits))
+    return network.simulate(decays(cfg), w, part(network.level_centres(cfg.dac_bits)))
 
 
-def delta_rule(e, w, support):
-    """Gradient [H1, B] of the support's squared error, mean over samples and steps, at the readouts w [H1, B].
-
-    With one readout for all tasks, w [H1, 1], S_l w is formed without S_l."""
-    n_steps, n_levels, n_h1 = e.shape
-    if w.shape[1] == 1:
-        products = jnp.mean((e @ w)*e, 0).T @ support.share
-    else:
+def delta_rule(e, w, support, own):
+    """Gradient [H1] of the support's squared error, mean over samples and steps, at the readout w [H1], from this part's
+    traces e [T, l, H1]. own: w is the task's own, so that S_l serves all tasks; otherwise S_l w does."""
+    mean = jnp.mean(e, 0)
+    if own:
         by_level = jnp.swapaxes(e, 0, 1)
-        s = jnp.einsum("lti,ltj->lij", by_level, by_level).reshape(n_levels, -1)/n_steps
-        products = jnp.sum((s.T @ support.share).reshape(n_h1, n_h1, -1)*w, 1)
-    return 2*(products - jnp.mean(e, 0).T @ support.y)
+        s = jnp.einsum("lti,ltj->lij", by_level, by_level)/len(e)
+        s = whole(jnp.concatenate([s, mean[:, None]], 1))
+        s, mean = s[:, :-1], s[:, -1]
+        product = (support.share @ s.reshape(len(s), -1)).reshape(s.shape[1:]) @ w
+    else:
+        s_w, mean = jnp.split(whole(jnp.concatenate([jnp.mean((e @ w)[..., None]*e, 0), mean], 1)), 2, 1)
+        product = support.share @ s_w
+    return 2*(product - support.y @ mean)
 
 
 def fire(key, cfg, device, readout, gradient, theta, t):
-    """Step of the readouts by up to 2^(n_bits−1) − 1 pulses at time t: on G+, Σ_j H(−g − jθ); on G−, Σ_j H(g − jθ)."""
+    """Step of the readout by up to 2^(n_bits−1) − 1 pulses at time t: on G+, Σ_j H(−g − jθ); on G−, Σ_j H(g − jθ)."""
     u = jnp.stack([-gradient, gradient])
 
     def pulse(step, inputs):
@@ -207,26 +230,29 @@ def fire(key, cfg, device, readout, gradient, theta, t):
     return jax.lax.scan(pulse, Step(readout, jnp.zeros_like(u)), inputs)[0]
 
 
-def adapt(key, cfg, device, chip, theta, support, times):
-    """The n_inner steps, each from a read of all crossbars; the first read of the chip serves all its tasks."""
+def adapt(chip_key, task_key, cfg, device, chip, theta, support, times):
+    """The n_inner steps, each from a read of all crossbars. What a chip's tasks share, that is the hidden crossbars and the
+    first read of the readout, draws from chip_key; all else from task_key."""
     readout, steps = chip.readout, []
     for k in range(cfg.n_inner):
-        key, hidden_key, read_key, pulse_key = jax.random.split(key, 4)
+        chip_key, hidden_key, first_key = jax.random.split(chip_key, 3)
+        task_key, read_key, pulse_key = jax.random.split(task_key, 3)
         t_pulse = times.prog + k
         t_read = t_pulse if k else times.read
         e = activity(hidden_key, cfg, device, chip, t_read).trace
-        gradient = delta_rule(e, read_weights(read_key, device, readout, t_read), support)
-        readout = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *gradient.shape)), readout)
-        steps.append(fire(pulse_key, cfg, device, readout, gradient, theta[k], t_pulse))
+        w = read_weights(read_key if k else first_key, device, readout, t_read)
+        gradient = delta_rule(e, w[:, 0], support, own=k > 0)
+        steps.append(fire(pulse_key, cfg, device, readout, gradient[:, None], theta[k], t_pulse))
         readout = steps[-1].readout
     return steps
 
 
 def mse(e, w, query):
-    """Squared error [B] of the readouts w [H1, B] in expectation over the inputs, mean over the steps of e [T, L, H1]."""
-    rows = e.reshape(-1, e.shape[-1])
-    correlation = jnp.mean(e, 0).T @ query.y/e.shape[1]
-    return jnp.sum(w*((rows.T @ rows) @ w/len(rows) - 2*correlation), 0) + query.y2
+    """Squared error of the readout w [H1] in expectation over the inputs, mean over the steps of this part's traces
+    e [T, l, H1]."""
+    rows, means = e.reshape(-1, e.shape[-1]), whole(jnp.mean(e, 0))
+    second = jax.lax.pmean(rows.T @ rows/len(rows), PARTS)
+    return w @ (second @ w - 2/len(means)*(query.y @ means)) + query.y2
 
 
 # ---- outer loop -----------------------------------------------------------------------------------------------------
@@ -250,20 +276,23 @@ def deploy(key, device, meta):
 
 
 def meta_loss(meta, key, cfg, device):
-    """Outer loss of one chip and its tasks, and its Metrics."""
-    task_key, support_key, chip_key, adapt_key, hidden_key, read_key = jax.random.split(key, 6)
-    tasks = draw_tasks(task_key, cfg.batch_train)
-    support = by_level(cfg, *draw_support(support_key, cfg, tasks))
+    """Outer loss of one chip and this part's tasks, and its Metrics."""
+    tasks_key, chip_key, adapt_key, hidden_key = jax.random.split(key, 4)
     times = Times(cfg.tread, cfg.tprog, cfg.tprog + cfg.twait)
     chip = deploy(chip_key, device._replace(prog_err=cfg.off_noise), meta)
-    steps = adapt(adapt_key, cfg, device, chip, jnp.exp(meta.log_theta), support, times)
     active = activity(hidden_key, cfg, device, chip, times.query)
-    w = read_weights(read_key, device, steps[-1].readout, times.query)
-    loss = mse(active.trace, w, query_targets(cfg, tasks)).mean()
-    rates = active.rate0, active.rate1
+
+    def task(key):
+        trial_key, pulse_key, read_key = jax.random.split(key, 3)
+        trial = draw_trial(trial_key, cfg)
+        steps = adapt(adapt_key, pulse_key, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times)
+        w = read_weights(read_key, device, steps[-1].readout, times.query)
+        return mse(active.trace, w[:, 0], trial.query), sum(step.pulses.sum() for step in steps)
+
+    losses, pulses = jax.vmap(task)(part(jax.random.split(tasks_key, cfg.batch_train)))
+    loss, rates = losses.mean(), jax.lax.pmean((active.rate0, active.rate1), PARTS)
     penalty = sum((cfg.target_fr - 0.01/network.DT*rate)**2 for rate in rates)
-    pulses = sum(step.pulses.sum((0, 1)).mean() for step in steps)
-    return loss + cfg.lambda_fr*penalty, Metrics(loss, *(rate/network.DT for rate in rates), pulses)
+    return loss + cfg.lambda_fr*penalty, Metrics(loss, *(rate/network.DT for rate in rates), pulses.mean())
 
 
 def optimizer(cfg):
@@ -289,20 +318,23 @@ def project(device, state):
     return optimizers.OptimizerState((*clipped, threshold), state.tree_def, state.subtree_defs)
 
 
-def on_chips(one, keys, *shared):
-    """one(key, *shared) of every key's own chip, stacked, the chips spread over as many devices as divide their number.
+def on_chips(one, keys, *shared, parts=1):
+    """one(key, *shared) of every key's own chip, stacked, the chips spread over as many devices as divide their number, and
+    each chip over as many of the devices left as divide `parts`; a result is the mean of its parts.
 
     On a CPU the chips of a device take turns, as its caches hold one; elsewhere they run as a batch."""
     def local(keys, *shared):
         here = partial(lambda shared, key: one(key, *shared), shared)
         stacked = jax.lax.map(here, keys) if jax.default_backend() == "cpu" else jax.vmap(here)(keys)
-        return jax.lax.all_gather(stacked, "chips", tiled=True)
+        return jax.lax.pmean(stacked, PARTS)
 
-    n = math.gcd(len(keys), jax.device_count())
-    mesh = jax.sharding.Mesh(jax.devices()[:n], ("chips",))
-    everywhere = jax.sharding.PartitionSpec()
-    return jax.shard_map(local, mesh=mesh, out_specs=everywhere, check_vma=False, in_specs=(
-        jax.sharding.PartitionSpec("chips"), *[everywhere]*len(shared)))(keys, *shared)
+    n_chips = math.gcd(len(keys), jax.device_count())
+    n_parts = math.gcd(parts, jax.device_count()//n_chips)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:n_chips*n_parts]).reshape(n_chips, n_parts), ("chips", PARTS))
+    everywhere, by_chip = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("chips")
+    stacked = jax.shard_map(local, mesh=mesh, in_specs=(by_chip, *[everywhere]*len(shared)), out_specs=by_chip,
+                            check_vma=False)(keys, *shared)
+    return jax.lax.with_sharding_constraint(stacked, jax.sharding.NamedSharding(mesh, everywhere))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -316,7 +348,8 @@ def train_chunk(cfg, device, state, first, last):
     def iterate(step, carry):
         state, total = carry
         keys = jax.random.split(jax.random.fold_in(stream(cfg, 1), step), cfg.n_chips)
-        mean, metrics = jax.tree.map(lambda x: x.mean(0), on_chips(gradient, keys, parameters(state)))
+        parts = math.gcd(cfg.batch_train, 2**cfg.dac_bits)
+        mean, metrics = jax.tree.map(lambda x: x.mean(0), on_chips(gradient, keys, parameters(state), parts=parts))
         state = project(device, update(step.astype(jnp.float32), mean, state))
         return state, jax.tree.map(jnp.add, total, metrics)
 
@@ -342,49 +375,48 @@ class Episode(NamedTuple):
 
 
 def episode(key, cfg, device, meta, times):
-    task_key, support_key, chip_key, adapt_key, hidden_key, read_key = jax.random.split(key, 6)
-    tasks = draw_tasks(task_key, 1)
-    x, y = draw_support(support_key, cfg, tasks)
-    support, query = by_level(cfg, x, y), query_targets(cfg, tasks)
-    chip = deploy(chip_key, device, meta)
-    steps = adapt(adapt_key, cfg, device, chip, jnp.exp(meta.log_theta), support, times)
+    trial_key, chip_key, shared_key, pulse_key, hidden_key, read_key = jax.random.split(key, 6)
+    trial, chip = draw_trial(trial_key, cfg), deploy(chip_key, device, meta)
+    steps = adapt(shared_key, pulse_key, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times)
     active = activity(hidden_key, cfg, device, chip, times.query)
     readouts = [chip.readout, *(step.readout for step in steps)]
-    w = [read_weights(key, device, readout, times.query)
+    w = [read_weights(key, device, readout, times.query)[:, 0]
          for key, readout in zip(jax.random.split(read_key, len(readouts)), readouts)]
     e = active.trace
     pulses = sum(step.pulses for step in steps)
     touched = jnp.sign(pulses.sum(0))
     before, after = (analog.weights(device, readout.g) for readout in (readouts[0], readouts[-1]))
     dw = jnp.sum(jnp.abs(after - before)*touched)/jnp.maximum(touched.sum(), 1.0)
-    hessian = 2*jnp.einsum("tli,tlj,l->ij", e, e, support.share[:, 0])/len(e)
-    dw_gd = 2/jnp.maximum(jnp.linalg.eigvalsh(hessian)[-1], 1e-6)*jnp.mean(jnp.abs(delta_rule(e, w[0], support)))
-    curves = jnp.stack([query.y[:, 0], *(e.mean(0) @ w[i][:, 0] for i in (0, -1))])
-    return Episode(jnp.stack([mse(e, w, query)[0] for w in w]), jnp.stack([mse(e[-1:], w, query)[0] for w in w]),
+    hessian = 2*jnp.einsum("tli,tlj,l->ij", e, e, trial.support.share)/len(e)
+    dw_gd = 2/jnp.maximum(jnp.linalg.eigvalsh(hessian)[-1], 1e-6)*jnp.mean(jnp.abs(
+        delta_rule(e, w[0], trial.support, own=False)))
+    curves = jnp.stack([trial.query.y, *(e.mean(0) @ w[i] for i in (0, -1))])
+    return Episode(jnp.stack([mse(e, w, trial.query) for w in w]), jnp.stack([mse(e[-1:], w, trial.query) for w in w]),
                    pulses.sum(), jnp.mean(pulses > 0), active.rate0/network.DT, active.rate1/network.DT,
-                   dw, dw_gd, x[:, 0], y[:, 0], curves)
+                   dw, dw_gd, trial.x, trial.y, curves)
 
 
 def adapt_again(key, cfg, device, meta, t):
     """Squared errors [4] of one chip at age t (s): never adapted, adapted once at tprog, adapted again to the same task
     at t with the query at t + ttest − tprog, and that again with pulses that act on the drifted conductances. The four
     share their noise, so that they differ by what they do alone."""
-    task_key, support_key, chip_key, *keys = jax.random.split(key, 9)
-    tasks = draw_tasks(task_key, 1)
-    support, query = by_level(cfg, *draw_support(support_key, cfg, tasks)), query_targets(cfg, tasks)
-    chip, theta = deploy(chip_key, device, meta), jnp.exp(meta.log_theta)
+    trial_key, chip_key, once_key, again_key, *query_keys = jax.random.split(key, 6)
+    trial, chip, theta = draw_trial(trial_key, cfg), deploy(chip_key, device, meta), jnp.exp(meta.log_theta)
     first, again = Times(cfg.tread, cfg.tprog, t), Times(t - 1.0, t, t + cfg.ttest - cfg.tprog)
+
+    def adapted(key, device, readout, times):
+        keys = jax.random.split(key)
+        return adapt(*keys, cfg, device, chip._replace(readout=readout), theta, trial.support, times)[-1].readout
 
     def error(key, readout, t):
         hidden_key, read_key = jax.random.split(key)
         e = activity(hidden_key, cfg, device, chip, t).trace
-        return mse(e, read_weights(read_key, device, readout, t), query)[0]
+        return mse(e, read_weights(read_key, device, readout, t)[:, 0], trial.query)
 
-    once = adapt(keys[0], cfg, device, chip, theta, support, first)[-1].readout
-    twice = [adapt(keys[1], cfg, device._replace(set_on_drifted=on_drifted), chip._replace(readout=once), theta, support,
-                   again)[-1].readout for on_drifted in (0.0, 1.0)]
-    return jnp.stack([error(keys[2], chip.readout, first.query), error(keys[2], once, first.query),
-                      *(error(keys[3], readout, again.query) for readout in twice)])
+    once = adapted(once_key, device, chip.readout, first)
+    twice = [adapted(again_key, device._replace(set_on_drifted=x), once, again) for x in (0.0, 1.0)]
+    return jnp.stack([*(error(query_keys[0], readout, first.query) for readout in (chip.readout, once)),
+                      *(error(query_keys[1], readout, again.query) for readout in twice)])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -730,8 +762,14 @@ def run(cfg, device, checkpoint, folder):
           f"{' '.join(map(str, paths))}")
 
 
+# On a CPU every core is a device of its own: threads within an operation only wait for each other. XLA's YNN kernels are
+# slower on a sum over thousands of tasks.
+CPU_FLAGS = "--xla_cpu_multi_thread_eigen=false --xla_cpu_experimental_ynn_fusion_type="
+
+
 def configure_devices():
     """A CPU device per core, so that chips are spread over them; hosts that share a coordinator act as one machine."""
+    os.environ["XLA_FLAGS"] = f"{CPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}"    # the user's own come last and win
     with contextlib.suppress(RuntimeError):    # already set up by whoever called main
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():

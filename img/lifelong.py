@@ -32,17 +32,16 @@ def life(key, cfg, device, meta, every):
 
     def task(readout, inputs):
         key, k = inputs
-        task_key, support_key, refresh_key, adapt_key, hidden_key, *read_keys = jax.random.split(key, 7)
+        trial_key, refresh_key, shared_key, pulse_key, hidden_key, *read_keys = jax.random.split(key, 7)
         t = cfg.tprog + PERIOD*k
-        tasks = train.draw_tasks(task_key, 1)
-        support = train.by_level(cfg, *train.draw_support(support_key, cfg, tasks))
-        query = train.query_targets(cfg, tasks)
+        trial = train.draw_trial(trial_key, cfg)
         times = train.Times(t - (cfg.tprog - cfg.tread), t, t + cfg.ttest - cfg.tprog)
         readout = jax.lax.cond((k > 0) & (k % every == 0), lambda xbar: analog.refresh(
             refresh_key, device, xbar, times.read - 10).xbar, lambda xbar: xbar, readout)
-        after = train.adapt(adapt_key, cfg, device, chip._replace(readout=readout), theta, support, times)[-1].readout
+        after = train.adapt(shared_key, pulse_key, cfg, device, chip._replace(readout=readout), theta, trial.support,
+                            times)[-1].readout
         e = train.activity(hidden_key, cfg, device, chip, times.query).trace
-        errors = [train.mse(e, train.read_weights(read_key, device, xbar, times.query), query)[0]
+        errors = [train.mse(e, train.read_weights(read_key, device, xbar, times.query)[:, 0], trial.query)
                   for read_key, xbar in zip(read_keys, (readout, after))]
         return after, jnp.stack([*errors, jnp.mean(after.g > SATURATED*device.g_max)])
 

@@ -48,27 +48,25 @@ def squared_error(decay, w, u, y):
 
 def plain_loss(meta, key, cfg, device):
     """Outer loss with 20 query samples a task, by autodiff through the time steps of every task and sample."""
-    task_key, x_key, chip_key, support_key, pulse_key, query_key = jax.random.split(key, 6)
-    tasks = train.draw_tasks(task_key, cfg.batch_train)
+    tasks_key, chip_key, support_key, query_key = jax.random.split(key, 4)
     low, high = network.X_RANGE
-    x = jax.random.uniform(x_key, (2, cfg.task_size, cfg.batch_train), minval=low, maxval=high)
-    y = train.target(tasks, x)
-    u = network.level_centres(cfg.dac_bits)[network.level(cfg.dac_bits, x)]
     chip = train.deploy(chip_key, device._replace(prog_err=cfg.off_noise), meta)
-    theta = jnp.exp(meta.log_theta)
-    decay = train.decays(cfg)
+    theta, decay = jnp.exp(meta.log_theta), train.decays(cfg)
 
     def read(key, chip, t):
         return network.each(lambda key, xbar: train.read_weights(key, device, xbar, t), key, chip)
 
-    def task(key, u, y):
+    def task(key):
+        task_key, x_key, pulse_key = jax.random.split(key, 3)
+        x = jax.random.uniform(x_key, (2, cfg.task_size), minval=low, maxval=high)
+        y = train.target(train.draw_task(task_key), x)
+        u = network.level_centres(cfg.dac_bits)[network.level(cfg.dac_bits, x)]
         gradient = jax.grad(lambda w: squared_error(decay, w, u[0], y[0]))(read(support_key, chip, cfg.tread))
-        readout = train.fire(key, cfg, device, chip.readout, gradient.readout, theta[0], cfg.tprog).readout
+        readout = train.fire(pulse_key, cfg, device, chip.readout, gradient.readout, theta[0], cfg.tprog).readout
         adapted = chip._replace(readout=readout)
         return squared_error(decay, read(query_key, adapted, cfg.tprog + cfg.twait), u[1], y[1])
 
-    keys = jax.random.split(pulse_key, cfg.batch_train)
-    return jnp.mean(jax.vmap(task, (0, 2, 2))(keys, u, y))
+    return jnp.mean(jax.vmap(task)(jax.random.split(tasks_key, cfg.batch_train)))
 
 
 # ---- measurement ----------------------------------------------------------------------------------------------------

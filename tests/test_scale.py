@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import ROOT
 from test_cli import TINY, arrays
 
@@ -14,19 +15,21 @@ import numpy as np
 import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 import train
-cfg, device = train.configure(dict(n_h0=9, n_h1=8, batch_train=5, task_size=6, dac_bits=4, n_chips=8, grad_thr=0.1))
+cfg, device = train.configure(dict(n_h0=9, n_h1=8, batch_train=4, task_size=6, dac_bits=4, n_inner=2, grad_thr=0.1))
 assert jax.device_count() == int(sys.argv[1])
 meta = train.optimizer(cfg)[2](train.start(cfg, device))
 def gradient(key, meta):
     return jax.value_and_grad(train.meta_loss, has_aux=True)(meta, key, cfg, device)
-out = jax.jit(lambda keys, meta: train.on_chips(gradient, keys, meta))(jax.random.split(jax.random.key(1), 8), meta)
+keys = jax.random.split(jax.random.key(1), int(sys.argv[3]))
+out = jax.jit(lambda keys, meta: train.on_chips(gradient, keys, meta, parts=4))(keys, meta)
 np.savez(sys.argv[2], *jax.tree.leaves(out))
 """
 
 
-def test_eight_devices_equal_one(tmp_path):
+@pytest.mark.parametrize("n_chips", [8, 6, 1])    # over 8 devices: a device a chip, 2 chips on 4 parts each, 4 parts of one
+def test_eight_devices_equal_one(tmp_path, n_chips):
     for devices in (1, 8):
-        subprocess.run([sys.executable, "-c", STEP, str(devices), tmp_path/f"{devices}.npz"], check=True,
+        subprocess.run([sys.executable, "-c", STEP, str(devices), tmp_path/f"{devices}.npz", str(n_chips)], check=True,
                        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
     with np.load(tmp_path/"1.npz") as one, np.load(tmp_path/"8.npz") as eight:
         for name in one.files:

@@ -20,26 +20,36 @@ def configured(**flags):
     return train.configure({**SMALL, **flags})
 
 
-def parts(cfg, device):
-    """Chip, tasks and samples."""
+def on_one(f, *arguments):
+    """f of arrays, compiled, as on a single device that holds the whole chip."""
+    run = jax.jit(lambda *arguments: train.on_chips(lambda key, *arguments: f(*arguments), KEY[None], *arguments))
+    return jax.tree.map(lambda x: x[0], run(*arguments))
+
+
+def loss_and_gradient(cfg, device, meta):
+    return on_one(jax.value_and_grad(lambda meta: train.meta_loss(meta, KEY, cfg, device)[0]), meta)
+
+
+def ingredients(cfg, device):
+    """Meta-parameters, chip, tasks and trials of a batch."""
     @jax.jit
     def make():
         meta = train.optimizer(cfg)[2](train.start(cfg, device))
         meta = meta._replace(g=meta.g._replace(readout=meta.g.readout + jax.random.uniform(KEY, meta.g.readout.shape)))
-        tasks = train.draw_tasks(KEY, cfg.batch_train)
-        return meta, train.deploy(KEY, device, meta), tasks, train.draw_support(KEY, cfg, tasks)
+        keys = jax.random.split(KEY, cfg.batch_train)
+        tasks = jax.vmap(lambda key: train.draw_task(jax.random.split(key)[0]))(keys)
+        return meta, train.deploy(KEY, device, meta), tasks, jax.vmap(lambda key: train.draw_trial(key, cfg))(keys)
 
     return make()
 
 
 def hidden(cfg, device, chip):
     """Weights and traces of one read at 100 s."""
-    @jax.jit
     def read(chip):
         w = network.each(lambda key, xbar: train.read_weights(key, device, xbar, 100.0), KEY, chip)
         return w, network.simulate(train.decays(cfg), w, network.level_centres(cfg.dac_bits)).trace
 
-    return read(chip)
+    return jax.jit(read)(chip)
 
 
 def close(a, b, tolerance=1e-5):
@@ -50,53 +60,44 @@ def close(a, b, tolerance=1e-5):
         np.testing.assert_allclose(x, y, atol=tolerance*scale, rtol=0)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_delta_rule_equals_autodiff_of_the_time_steps(x64, shared):
+@pytest.mark.parametrize("own", [True, False])
+def test_delta_rule_equals_autodiff_of_the_time_steps(x64, own):
     cfg, device = configured()
-    _, chip, _, (x, y) = parts(cfg, device)
+    _, chip, _, trials = ingredients(cfg, device)
     w, e = hidden(cfg, device, chip)
-    readouts = jax.random.normal(KEY, (cfg.n_h1, 1 if shared else cfg.batch_train))
-    closed = train.delta_rule(e, readouts, train.by_level(cfg, x, y))
-    u = network.level_centres(cfg.dac_bits)[network.level(cfg.dac_bits, x)]
+    readouts = jax.random.normal(KEY, (cfg.batch_train, cfg.n_h1))
     autodiff = jax.jit(jax.grad(lambda w, u, y: benchmark.squared_error(train.decays(cfg), w, u, y)))
-    for task in range(cfg.batch_train):
-        at = w._replace(readout=readouts[:, :1] if shared else readouts[:, task:task + 1])
-        close(closed[:, task], autodiff(at, u[:, task], y[:, task]).readout[:, 0])
+    for readout, trial in zip(readouts, [jax.tree.map(lambda x: x[i], trials) for i in range(cfg.batch_train)]):
+        closed = on_one(lambda e, w, support: train.delta_rule(e, w, support, own), e, readout, trial.support)
+        u = network.level_centres(cfg.dac_bits)[network.level(cfg.dac_bits, trial.x)]
+        close(closed, autodiff(w._replace(readout=readout[:, None]), u, trial.y).readout[:, 0])
 
 
 def test_query_loss_equals_the_mean_over_a_fine_grid(x64):
     cfg, device = configured()
-    _, chip, tasks, _ = parts(cfg, device)
+    _, chip, tasks, trials = ingredients(cfg, device)
     _, e = hidden(cfg, device, chip)
-    readouts = jax.random.normal(KEY, (cfg.n_h1, cfg.batch_train))
+    w, task, query = jax.random.normal(KEY, (cfg.n_h1,)), *jax.tree.map(lambda x: x[1], (tasks, trials.query))
     x = jnp.linspace(-5.0, 5.0, 16*2000 + 1)[:-1] + 5/16/2000    # midpoints, 2,000 a level
-    y = train.target(tasks, x[:, None])
-    at = network.level(cfg.dac_bits, x)
-    closed = train.mse(e, readouts, train.query_targets(cfg, tasks))
-    close(closed, jnp.mean(((e @ readouts)[:, at] - y)**2, (0, 1)), 1e-6)
-    last = train.mse(e[-1:], readouts, train.query_targets(cfg, tasks))
-    close(last, jnp.mean(((e[-1] @ readouts)[at] - y)**2, 0), 1e-6)
+    y, at = train.target(task, x), network.level(cfg.dac_bits, x)
+    close(on_one(train.mse, e, w, query), jnp.mean(((e @ w)[:, at] - y)**2), 1e-6)
+    close(on_one(train.mse, e[-1:], w, query), jnp.mean(((e[-1] @ w)[at] - y)**2), 1e-6)
 
 
 def plainly(patch, cfg):
     """Replace the closed forms and the custom derivative by autodiff of explicit squared errors."""
-    def delta_rule(e, w, samples):
+    def delta_rule(e, w, samples, own):
         x, y = samples
         at = network.level(cfg.dac_bits, x)
+        return jax.grad(lambda w: jnp.mean((e[:, at] @ w - y)**2))(w)
 
-        def error(w):
-            outputs = jnp.einsum("tnbh,hb->tnb", e[:, at], jnp.broadcast_to(w, (w.shape[0], y.shape[1])))
-            return jnp.sum(jnp.mean((outputs - y)**2, (0, 1)))
-        return jax.grad(error)(jnp.broadcast_to(w, (w.shape[0], y.shape[1])))
-
-    def mse(e, w, tasks):
+    def mse(e, w, task):
         node, weight = np.polynomial.legendre.leggauss(12)
         x = network.level_centres(cfg.dac_bits) + node[:, None]*10/2**(cfg.dac_bits + 1)
-        y = train.target(tasks, jnp.array(x)[..., None])
-        return jnp.tensordot(jnp.array(weight)/2, jnp.mean(((e @ w)[:, None] - y)**2, (0, 2)), 1)
+        return jnp.array(weight)/2 @ jnp.mean(((e @ w)[:, None] - train.target(task, jnp.array(x)))**2, (0, 2))
 
     patch.setattr(train, "by_level", lambda cfg, x, y: (x, y))
-    patch.setattr(train, "query_targets", lambda cfg, tasks: tasks)
+    patch.setattr(train, "query_targets", lambda cfg, task: task)
     patch.setattr(train, "delta_rule", delta_rule)
     patch.setattr(train, "mse", mse)
     patch.setattr(network, "lif_trace", lambda *inputs: network.lif(*inputs)[1])
@@ -106,11 +107,11 @@ def plainly(patch, cfg):
                                    {"device": "pcm_history"}], ids=str)
 def test_meta_gradient_equals_second_order_autodiff(x64, flags):
     cfg, device = configured(grad_thr=0.3, **flags)
-    meta = parts(cfg, device)[0]
-    fast = jax.jit(jax.value_and_grad(lambda meta: train.meta_loss(meta, KEY, cfg, device)[0]))(meta)
+    meta = ingredients(cfg, device)[0]
+    fast = loss_and_gradient(cfg, device, meta)
     with pytest.MonkeyPatch.context() as patch:
         plainly(patch, cfg)
-        plain = jax.jit(jax.value_and_grad(lambda meta: train.meta_loss(meta, KEY, cfg, device)[0]))(meta)
+        plain = loss_and_gradient(cfg, device, meta)
     close(fast, plain)
 
 
@@ -118,14 +119,16 @@ def test_meta_gradient_equals_second_order_autodiff(x64, flags):
 def test_meta_gradient_equals_finite_differences_where_smooth(x64, n_inner):
     """With each step function replaced by its primitive, no clip active and no noise whose size depends on a maximum."""
     cfg, device = configured(n_inner=n_inner, off_noise=0.0, grad_thr=0.5)
-    meta = parts(cfg, device)[0]    # mid-range, 9 standard deviations of read noise and more from either clip
+    meta = ingredients(cfg, device)[0]    # mid-range, 9 standard deviations of read noise and more from either clip
     meta = meta._replace(g=jax.tree.map(lambda g: 3 + 4*jax.random.uniform(KEY, g.shape), meta.g))
     direction = jax.tree.map(lambda x: jax.random.normal(KEY, x.shape), meta)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "spike", lambda u: u/(1 + jnp.abs(u)))
-        loss = jax.jit(lambda step: train.meta_loss(
-            jax.tree.map(lambda x, d: x + step*d, meta, direction), KEY, cfg, device)[0])
-        slope, eps = jax.grad(loss)(0.0), 1e-6
+        def loss(step):
+            return train.meta_loss(jax.tree.map(lambda x, d: x + step*d, meta, direction), KEY, cfg, device)[0]
+
+        slope, eps = on_one(jax.grad(loss), 0.0), 1e-6
+        loss = functools.partial(on_one, loss)
         np.testing.assert_allclose(slope, (loss(eps) - loss(-eps))/2/eps, rtol=1e-5)
 
 
@@ -141,40 +144,41 @@ def test_fired_pulses_follow_the_comparator():
 
 def test_only_the_readout_adapts_and_steps_follow_the_protocol():
     cfg, device = configured(n_inner=3, grad_thr=0.05)
-    meta, chip, _, samples = parts(cfg, device)
-    steps = jax.jit(lambda chip, theta: train.adapt(KEY, cfg, device, chip, theta, train.by_level(cfg, *samples),
-                                                    train.Times(100.0, 101.0, 251.0)))(chip, jnp.exp(meta.log_theta))
+    meta, chip, _, trials = ingredients(cfg, device)
+    steps = on_one(lambda chip, theta, support: jax.vmap(lambda key, support: train.adapt(
+        KEY, key, cfg, device, chip, theta, support, train.Times(100.0, 101.0, 251.0)))(
+            jax.random.split(KEY, cfg.batch_train), support), chip, jnp.exp(meta.log_theta), trials.support)
     for k, step in enumerate(steps):
         fired = step.pulses > 0
         assert fired.any() and np.all(step.readout.t_prog[fired] == 101.0 + k)
     untouched = sum(step.pulses for step in steps) == 0
     start = np.broadcast_to(chip.readout.g, untouched.shape)
     assert np.array_equal(steps[-1].readout.g[untouched], start[untouched])
-    assert not np.any(np.all(steps[0].pulses > 0, 0))    # never both devices of a pair at once
+    assert not np.any(np.all(steps[0].pulses > 0, 1))    # never both devices of a pair at once
 
 
 def test_a_sum_over_levels_keeps_every_sample():
     cfg, _ = configured(task_size=50)
-    tasks = train.draw_tasks(KEY, 4)
-    x, y = train.draw_support(KEY, cfg, tasks)
-    support = train.by_level(cfg, x, y)
-    np.testing.assert_allclose(support.share.sum(0), 1, rtol=1e-5)
-    np.testing.assert_allclose(support.y.sum(0), y.mean(0), atol=1e-5)
+    trial = train.draw_trial(KEY, cfg)
+    np.testing.assert_allclose(trial.support.share.sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(trial.support.y.sum(), trial.y.mean(), atol=1e-5)
 
 
 def test_task_distribution():
-    tasks = train.draw_tasks(KEY, 100_000)
-    amplitude, phase = np.hypot(tasks.a, tasks.b), np.arctan2(tasks.b, tasks.a)
+    tasks = jax.jit(jax.vmap(train.draw_task))(jax.random.split(KEY, 100_000))
+    cosine, sine = tasks.coefficients.T    # A cos φ, A sin φ
+    amplitude, phase = np.hypot(cosine, sine), np.arctan2(sine, cosine)
     assert abs(amplitude.mean() - 2.55) < 3*4.9/12**0.5/100_000**0.5
     assert abs(phase.mean() - np.pi/2) < 3*np.pi/12**0.5/100_000**0.5
-    x = np.linspace(-5, 5, 7)[:, None]
-    np.testing.assert_allclose(train.target(tasks, x), amplitude*np.sin(x + phase), atol=1e-4)
+    targets = jax.vmap(train.target, (0, None))
+    x = np.linspace(-5, 5, 7)
+    np.testing.assert_allclose(targets(tasks, x), amplitude[:, None]*np.sin(x + phase[:, None]), atol=1e-4)
     cfg, _ = configured(dac_bits=7)
-    y2 = train.query_targets(cfg, tasks).y2
+    y2 = jax.vmap(lambda task: train.query_targets(cfg, task).y2)(tasks)
     assert abs(np.mean(y2) - train.YARDSTICKS["predicting 0"]) < 3*np.std(y2)/len(y2)**0.5
-    mean = 2.55*2/np.pi*np.cos(x := np.linspace(-5, 5, 2001)[:, None])
+    mean = 2.55*2/np.pi*np.cos(x := np.linspace(-5, 5, 2001))
     few = jax.tree.map(lambda p: p[:4000], tasks)
-    errors = np.mean((train.target(few, x) - mean)**2, 0)
+    errors = np.mean((targets(few, x) - mean)**2, 1)
     assert abs(np.mean(errors) - train.YARDSTICKS["best function that ignores the task"]) < 3*np.std(errors)/4000**0.5
 
 
