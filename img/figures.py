@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 TRUTH, BEFORE, AFTER, LATE = "black", "#999999", "#0072B2", "#D55E00"
 LAW, SAMPLES = TRUTH, AFTER    # a law without noise, simulated devices
+FOUR = (AFTER, "-"), (LATE, "--"), ("#009E73", "-."), (TRUTH, ":")    # four lines of one kind
 
 
 def png(figure):
@@ -117,4 +118,65 @@ def aging(ages, errors, t_adapt):
     axes.set(xscale="log", xlabel="time since deployment (s)", ylabel="mean squared error", ylim=0)
     axes.set_title(f"{len(errors)} tasks, a chip each; 95 % band", fontsize=9)
     axes.legend(fontsize=9)
+    return figure
+
+
+# ---- studies --------------------------------------------------------------------------------------------------------
+
+def curves(lines, xlabel, ticks):
+    """Errors with intervals at a few x: lines of ((label, colour, style), x, [(mean, half-width), ...])."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for (label, color, style), x, values in lines:
+        mean, half = np.array(values).T
+        axes.plot(x, mean, color=color, ls=style, marker="o", ms=4, label=label)
+        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.2, lw=0)
+    axes.set(xlabel=xlabel, ylabel="mean squared error", ylim=0)
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.legend(fontsize=9)
+    return figure
+
+
+def bars(rows, first, second):
+    """Errors of rows (label, (mean, half-width), the same or None), two bars a row where there are two."""
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for shift, column, color, label in ((-0.2, 1, AFTER, first), (0.2, 2, LATE, second)):
+        at = [i for i, row in enumerate(rows) if row[column]]
+        mean, half = np.array([rows[i][column] for i in at]).T
+        axes.barh(np.array(at) + shift, mean, 0.38, xerr=half, color=color, label=label, hatch="//"*(column == 2),
+                  edgecolor="white")
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="mean squared error after adaptation (lines: 95 % interval)")
+    axes.legend(fontsize=9)
+    return figure
+
+
+def histograms(samples, xlabel):
+    """Distributions of positive samples (label, values, colour, style) on a logarithmic axis."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    edges = np.logspace(-6, 0.5, 80)
+    for label, values, color, style in samples:
+        share, _ = np.histogram(values, edges)
+        axes.stairs(share/len(values), edges, color=color, ls=style, lw=1.5, label=label)
+    axes.set(xscale="log", xlabel=xlabel, ylabel="share of the steps")
+    axes.legend(fontsize=9, loc="upper left")
+    return figure
+
+
+def pareto(points):
+    """Error against pulses; points (label, pulses, mean, half-width)."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    best = np.inf
+    for label, pulses, mean, half in sorted(points, key=lambda point: point[1]):
+        color = AFTER if mean < best else BEFORE    # nothing cheaper is as good, or something is
+        best = min(best, mean)
+        axes.errorbar(pulses, mean, half, fmt="o", ms=5, color=color)
+        axes.annotate(label, (pulses, mean), (5, 5), textcoords="offset points", fontsize=9)
+    axes.set(xscale="log", xlabel="pulses of an adaptation", ylabel="mean squared error", ylim=0)
+    axes.margins(x=0.15)
+    axes.set_title("blue: no network that needs fewer pulses is as good", fontsize=9)
     return figure

@@ -172,7 +172,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--full", action="store_true", help="also time a whole run of 50,000 iterations")
     arguments = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    train.configure_devices()
     rows = table(arguments.full)
     if arguments.json:
         print(json.dumps({"cores": os.cpu_count(), "jax": jax.__version__,

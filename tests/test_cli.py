@@ -15,37 +15,11 @@ import time
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, arrays, call, launch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train
-
-TINY = ("--n_h0 5 --n_h1 4 --batch_train 3 --task_size 3 --dac_bits 3 --batch_test 5 --lr_drop 3").split()
-
-
-def launch(folder, *flags, **options):
-    """train.py as a subprocess in a folder."""
-    return subprocess.Popen([sys.executable, str(ROOT/"train.py"), *flags], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def call(capsys, *flags):
-    """Exit status, standard output and error of train.py in this process."""
-    status = train.main([*TINY, *flags])
-    return status, *capsys.readouterr()
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def arrays(folder):
-    with np.load(folder/"checkpoint.npz") as file:
-        return {name: file[name] for name in file.files}
-
 
 @pytest.mark.parametrize("mode, suffix", [([], ""), (["--perf", "--n_inner", "2"], "_perf")], ids=("pcm", "perf"))
 def test_from_start_to_figures(tmp_path, mode, suffix):
@@ -136,7 +110,7 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(here, capsys):
         status, out, err = call(capsys, "--resume", *flags)
         assert status == 2 and err.count("\n") == 1 and flags[0] in err and path.read_bytes() == good
     random = np.random.default_rng(0)
-    for trial in range(200):
+    for trial in range(1000):
         data = bytearray(good)
         if trial % 4 == 0:
             data = data[:random.integers(len(data))]
@@ -172,16 +146,6 @@ def test_a_full_disk_loses_nothing(here, monkeypatch):
     with pytest.raises(train.UserError, match="No space left"):
         train.write(here/"file", b"new")
     assert (here/"file").read_text() == "old"
-
-
-def test_a_diverging_run_stops(here, capsys, monkeypatch):
-    for metrics, words in ((train.Metrics(np.nan, 1.0, 1.0, 1.0), "not finite"),
-                           (train.Metrics(1.0, 0.0, 1.0, 1.0), "silent"),
-                           (train.Metrics(1.0, 1.0, 1000.0, 1.0), "fire at every step")):
-        monkeypatch.setattr(train, "train_chunk", lambda cfg, device, state, first, last: (state, metrics))
-        status, _, err = call(capsys, "--n_iter", "5", "--run_dir", words.replace(" ", ""))
-        assert status == 1 and words in err and err.count("\n") == 1
-        assert train.load(here/words.replace(" ", "")).step == 0
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda end: end.name)

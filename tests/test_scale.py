@@ -6,8 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_cli import TINY, arrays
+from conftest import ROOT, TINY, arrays
 
 STEP = """
 import sys
