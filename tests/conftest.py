@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"    # compiles faster; the results are held against laws
+os.environ["XLA_FLAGS"] = ("--xla_backend_optimization_level=0 "    # compile faster; the results are held against laws
+                           "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())    # shared by workers and the runs they start
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 ROOT = Path(__file__).resolve().parent.parent
