@@ -144,7 +144,7 @@ def sizes(key, cfg, device, meta, times, n_steps=100):
     chip = train.deploy(chip_key, device, meta)
     after = train.adapt(*keys, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times)[-1].readout
     programmed = jnp.any(after.t_prog > 0, 0)[:, 0]
-    dw = jnp.abs(analog.weights(device, after.g) - analog.weights(device, chip.readout.g))[:, 0]*programmed
+    moved = jnp.abs(analog.weights(device, after.g) - analog.weights(device, chip.readout.g))[:, 0]
     rate = 1/jnp.maximum(jnp.linalg.eigvalsh(second)[-1], 1e-6)    # 2 over the largest curvature of the squared error
 
     def steps(optimizer):
@@ -157,7 +157,7 @@ def sizes(key, cfg, device, meta, times, n_steps=100):
 
         return jax.lax.scan(one, init(w0), jnp.arange(float(n_steps)))[1]
 
-    return dw, steps(train.optimizers.sgd(rate)), steps(train.optimizers.adam(1e-3))
+    return jnp.where(programmed, moved, 0.0), steps(train.optimizers.sgd(rate)), steps(train.optimizers.adam(1e-3))
 
 
 # ---- studies --------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def outcome(folder):
 def limited(*settings):
     """A command that limits itself as `resource` or `os` can before it starts Python. (Forking this process, in which JAX
     has started threads, could hang.)"""
-    code = "import os, resource, sys; " + "; ".join(settings) + "; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    code = "; ".join(("import os, resource, sys", *settings, "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"))
     return [sys.executable, "-c", code]
 
 

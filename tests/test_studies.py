@@ -1,0 +1,41 @@
+"""Every study from training to its figure, over the smallest networks."""
+import matplotlib.image
+import numpy as np
+from conftest import TINY
+
+import analog
+import train
+from img import studies
+
+KEY = train.jax.random.key(5)
+
+
+def test_every_study_draws(here, capsys, monkeypatch):
+    tiny = vars(train.argparse.Namespace(**train.given(TINY)))
+    configure = train.configure
+    monkeypatch.setattr(train, "configure", lambda flags: configure({**tiny, **flags}))
+    for name, value in (("BITS", (2,)), ("STEPS", (1, 2)), ("N_TASKS", 4), ("FOLDER", here),
+                        ("QUIET", {"drift": studies.QUIET["drift"]})):
+        monkeypatch.setattr(studies, name, value)
+    usual = train.fire
+    for study in (studies.bits, studies.steps, studies.limits, studies.updates, studies.cost):
+        study(2)
+        assert matplotlib.image.imread(here/f"{study.__name__}.png")[..., :3].std() > 0.02
+    out = capsys.readouterr().out
+    assert "nan" not in out and train.fire is usual and train.load(here/"run/studies/pcm_real").step == 2
+
+
+def test_real_valued_updates_are_what_pulses_round(x64):
+    device = analog.PERF
+    readout = analog.fabricate(KEY, device, train.jnp.full((2, 3, 1), 3.0))
+    gradient = train.jnp.array([[-0.4], [0.0], [2.5]])
+    step = studies.real_valued(KEY, None, device, readout, gradient, 1.0, 101.0)
+    np.testing.assert_allclose(step.readout.g[..., 0] - 3.0, 0.75*np.array([[0.4, 0, 0], [0, 0, 2.5]]))
+    assert np.array_equal(step.readout.t_prog > 0, step.pulses > 0)
+
+
+def test_no_readout_beats_the_best_one(here):
+    cfg, device = train.configure(train.given(TINY))
+    meta = train.optimizer(cfg)[2](train.start(cfg, device))
+    errors = train.test(studies.bounds, cfg, device, meta, train.Times(100.0, 101.0, 251.0), 8, KEY)
+    assert np.all(errors[:, 0] <= errors[:, 1:].min(1) + 1e-3)
