@@ -70,13 +70,13 @@ def training(row, yardsticks, n_chips):
     axes = figure.subplots()
     for label, level in yardsticks.items():
         axes.axhline(level, color=TRUTH, lw=1, ls=":")
-        axes.text(row["step"][-1], level*0.98, label, ha="right", va="top", fontsize=9)
+        axes.text(row["step"][-1], level*1.01, label, ha="right", va="bottom", fontsize=9)
     axes.plot(row["step"], row["test_before"], color=BEFORE, label="meta-test, before adaptation")
     axes.plot(row["step"], row["loss"], color=LATE, ls="--", label="outer loss, meta-training tasks")
     axes.plot(row["step"], row["test_mse"], color=AFTER, label=f"meta-test, after adaptation ({n_chips} chips)")
     axes.fill_between(row["step"], row["test_mse"] - row["test_ci95"], row["test_mse"] + row["test_ci95"],
                       color=AFTER, alpha=0.2, lw=0)
-    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log")
+    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log", ylim=(None, 5))
     axes.set_yticks([0.5, 1, 2, 3, 5], ["0.5", "1", "2", "3", "5"])
     axes.minorticks_off()
     axes.legend(fontsize=9, loc="center right")

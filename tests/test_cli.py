@@ -206,3 +206,8 @@ def test_a_chips_life(here, capsys):
            "lifelong.__file__ = 'lifelong.py'; lifelong.main('run/pcm', n_chips=2)"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.count("tasks 41 to 50") == 3 and (here/"lifelong.png").exists()
+
+
+def test_the_saved_run_is_a_run_of_the_defaults():
+    checkpoint = train.load(ROOT/"img/pcm")
+    assert train.settled(checkpoint.settings) == train.configure({}) and checkpoint.step == train.Config.n_iter
