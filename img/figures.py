@@ -162,7 +162,7 @@ def histograms(samples, xlabel):
         share, _ = np.histogram(values, edges)
         axes.stairs(share/len(values), edges, color=color, ls=style, lw=1.5, label=label)
     axes.set(xscale="log", xlabel=xlabel, ylabel="share of the steps")
-    axes.legend(fontsize=9, loc="upper left")
+    figure.legend(fontsize=9, loc="outside upper left", ncols=3, frameon=False)
     return figure
 
 
