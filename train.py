@@ -788,7 +788,7 @@ def cores():
 def configure_devices():
     """A CPU device per core, so that chips are spread over them; hosts that share a coordinator act as one machine."""
     with contextlib.suppress(OSError, AttributeError):    # where the C library is another
-        ctypes.CDLL(None).mallopt(-8, 1)    # M_ARENA_MAX: pools for every thread hold on to 150 MB of the compiler's
+        ctypes.CDLL(None).mallopt(-8, 2)    # M_ARENA_MAX: more pools hold on to 80 MB of the compiler's; one is slow
     os.environ["XLA_FLAGS"] = f"{CPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}"    # the user's own come last and win
     with contextlib.suppress(RuntimeError):    # already set up by whoever called main
         jax.config.update("jax_num_cpu_devices", cores())
