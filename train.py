@@ -25,12 +25,32 @@ import math
 import os
 import signal
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":    # Ctrl-C while the libraries load, with nothing to save yet
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+def end_when_told():
+    """Ctrl-C and SIGTERM end the process at once with one line: also within a computation or a library's callback, where
+    Python's own interrupt waits or is lost. Nothing is: a checkpoint is replaced as a whole, at any moment."""
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
+    for end in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(end, lambda *_: None)
+
+    def watch():
+        number = os.read(told, 1)[0]
+        line = "train.py: interrupted; what was saved stands, and --resume goes on from it\n"
+        os.write(2, ("\n"*os.isatty(2) + line).encode())    # below the progress bar
+        os._exit(128 + number)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":    # loading the libraries takes seconds
+    end_when_told()
 
 import jax
 import jax.numpy as jnp
@@ -804,8 +824,6 @@ def configure_devices():
 
 def main(argv=None):
     """Run the command line; the exit status."""
-    for end in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(end, signal.default_int_handler)
     try:
         configure_devices()
         *settings, lock = prepare(argv)
@@ -814,15 +832,8 @@ def main(argv=None):
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return error.status
-    except KeyboardInterrupt:
-        print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    status = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if status == 130:    # an orderly end would wait for, or fall over, the computation that was interrupted
-        os._exit(status)
-    sys.exit(status)
+    sys.exit(main())

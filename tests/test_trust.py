@@ -6,6 +6,7 @@ import hashlib
 import os
 import pty
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -68,6 +69,18 @@ def test_twenty_kills_leave_the_same_run(tmp_path):
         header, *rows = csv.reader(file)
     assert header[:2] == ["step", "loss"] and [row[0] for row in rows] == [str(train.CHUNK*k) for k in range(1, 11)]
     assert np.isfinite(np.array(rows, float)).all()
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM], ids=lambda end: end.name)
+def test_ended_at_any_phase_with_one_line(tmp_path, end):
+    """While libraries load, programs compile, chips are trained and tested; within seconds, however long a step takes."""
+    random = np.random.default_rng(1)
+    for moment in random.uniform(0.3, 8, 5):
+        process = launch(tmp_path, *TINY, "--n_iter", "1000000", "--run_dir", f"run {moment:.2f}")
+        time.sleep(moment)
+        process.send_signal(end)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 128 + end and err.count("\n") == 1 and "interrupted" in err
 
 
 def test_the_seed_decides(here, capsys):
