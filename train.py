@@ -30,26 +30,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":    # first of all, as loading the libraries takes seconds
+    def end_when_told():
+        """Ctrl-C and SIGTERM end the process at once with one line: also within a computation or a library's callback,
+        where Python's own interrupt waits or is lost. Nothing is lost: a checkpoint is replaced as a whole."""
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell)
+        for end in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(end, lambda *_: None)
 
-def end_when_told():
-    """Ctrl-C and SIGTERM end the process at once with one line: also within a computation or a library's callback, where
-    Python's own interrupt waits or is lost. Nothing is: a checkpoint is replaced as a whole, at any moment."""
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell)
-    for end in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(end, lambda *_: None)
+        def wait():
+            number = os.read(told, 1)[0]
+            line = "train.py: interrupted; what was saved stands, and --resume goes on from it\n"
+            os.write(2, ("\n"*os.isatty(2) + line).encode())    # below the progress bar
+            os._exit(128 + number)
 
-    def watch():
-        number = os.read(told, 1)[0]
-        line = "train.py: interrupted; what was saved stands, and --resume goes on from it\n"
-        os.write(2, ("\n"*os.isatty(2) + line).encode())    # below the progress bar
-        os._exit(128 + number)
+        threading.Thread(target=wait, daemon=True).start()
 
-    threading.Thread(target=watch, daemon=True).start()
-
-
-if __name__ == "__main__":    # loading the libraries takes seconds
     end_when_told()
 
 import jax
@@ -502,6 +500,11 @@ class Checkpoint(NamedTuple):
     settings: dict
 
 
+def fresh(cfg, device):
+    """The Checkpoint before training."""
+    return Checkpoint(start(cfg, device), 0, [], settings_of(cfg, device))
+
+
 def names_of_state():
     return [name + moment for name in (*network.Network._fields, "log_theta") for moment in ("", "_m", "_v")]
 
@@ -538,8 +541,13 @@ def load(folder):
         raise UserError(f"{path} is damaged or no checkpoint ({error}); nothing was changed") from None
 
 
+def settings_of(cfg, device):
+    """A checkpoint's settings."""
+    return {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
+
+
 def settled(settings):
-    """Config and Device of a checkpoint's settings."""
+    """The Config and Device of settings_of."""
     constants = {name: tuple(x) if isinstance(x, list) else x for name, x in settings["device_constants"].items()}
     known = {field.name for field in dataclasses.fields(Config)}
     return Config(**{name: x for name, x in settings.items() if name in known}), analog.Device(**constants)
@@ -668,8 +676,7 @@ def prepare(argv):
     if (folder/"checkpoint.npz").exists() and jax.process_index() == 0:
         move_aside(folder)
         lock = hold(folder)
-    settings = {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
-    return cfg, device, Checkpoint(start(cfg, device), 0, [], settings), folder, lock
+    return cfg, device, fresh(cfg, device), folder, lock
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------
@@ -711,7 +718,7 @@ SINCE = np.append(0, np.logspace(2.5, 7, 10)).astype(np.float32)    # s after th
 
 
 def meta_test(cfg, device, checkpoint):
-    """Episodes, errors of the drift study [n, ages, 4] and the summary for results.json."""
+    """Episodes, and their summary with that of the drift study for results.json."""
     meta = optimizer(cfg)[2](checkpoint.state)
     times = Times(cfg.tread, cfg.tprog, cfg.ttest)
     episodes = test(episode, cfg, device, meta, times, cfg.batch_test, stream(cfg, 2))
@@ -722,7 +729,7 @@ def meta_test(cfg, device, checkpoint):
     scalars = {name: summary(getattr(episodes, name)) for name in Episode._fields if name not in ("x", "y", "curves")}
     names = "never", "once", "again", "again_on_drifted"
     drift = {"age_s": ages.tolist(), **{name: summary(errors[:, :, i]) for i, name in enumerate(names)}}
-    return episodes, errors, {"step": checkpoint.step, **scalars, "transfer": summary(elsewhere.mse),
+    return episodes, {"step": checkpoint.step, **scalars, "transfer": summary(elsewhere.mse),
                               "theta": np.exp(meta.log_theta).tolist(), "drift": drift}
 
 
@@ -749,12 +756,11 @@ def report(results):
     print(f"  {'  over a step of Adam at 1e-3':<44}{results['dw']['mean']/1e-3:9.1f}")
 
 
-def draw(cfg, device, rows, episodes, errors):
+def draw(cfg, device, rows, episodes, results):
     """Write the run's figures; their paths."""
-    ages = cfg.tprog + cfg.twait + SINCE
     row = dict(zip(COLUMNS, np.array([row[:len(COLUMNS)] for row in rows]).T))
-    drawn = {"meta_testing": figures.testing(network.level_centres(cfg.dac_bits), episodes),
-             "drift": figures.aging(ages, errors, cfg.tprog),
+    drawn = {"meta_testing": figures.testing(network.level_centres(cfg.dac_bits), episodes, results),
+             "drift": figures.aging(results["drift"], cfg.tprog),
              **({"meta_training": figures.training(row, YARDSTICKS, TEST_CHIPS)} if rows else {})}
     suffix = "" if device.name == "pcm" else f"_{device.name}"
     paths = [FIGURES/f"{name}{suffix}.png" for name in drawn]
@@ -781,16 +787,16 @@ def announce(cfg, device, folder, step):
 def run(cfg, device, checkpoint, folder):
     """Meta-train, meta-test, report and draw."""
     announce(cfg, device, folder, checkpoint.step)
-    settings = {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
+    checkpoint = checkpoint._replace(settings=settings_of(cfg, device))
     versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib", "numpy", "matplotlib")}
-    write(folder/"config.json", json.dumps({"config": settings, "versions": versions}, indent=1).encode())
-    checkpoint = checkpoint._replace(settings=settings)
+    write(folder/"config.json", json.dumps({"config": checkpoint.settings, "versions": versions},
+                                              indent=1).encode())
     save(folder, checkpoint)
     checkpoint = train(cfg, device, checkpoint, folder)
-    episodes, errors, results = meta_test(cfg, device, checkpoint)
+    episodes, results = meta_test(cfg, device, checkpoint)
     write(folder/"results.json", json.dumps(results, indent=1).encode())
     report(results)
-    paths = draw(cfg, device, checkpoint.rows, episodes, errors)
+    paths = draw(cfg, device, checkpoint.rows, episodes, results)
     print(f"results in {folder}/ (config.json metrics.csv results.json checkpoint.npz), figures in "
           f"{' '.join(map(str, paths))}")
 

@@ -16,9 +16,9 @@ def png(figure):
     return image.getvalue()
 
 
-def band(axes, x, values, **style):
-    """Mean of values [n, len(x)] with its 95 % confidence interval."""
-    mean, half = np.mean(values, 0), 1.96*np.std(values, 0, ddof=1)/len(values)**0.5
+def band(axes, x, summary, **style):
+    """The mean of a summary {"mean": [len(x)], "ci95": half-width, "n": number} with its 95 % confidence interval."""
+    mean, half = np.array(summary["mean"]), np.array(summary["ci95"])
     axes.plot(x, mean, **style)
     axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.25, lw=0)
 
@@ -73,9 +73,8 @@ def training(row, yardsticks, n_chips):
         axes.text(row["step"][-1], level*1.01, label, ha="right", va="bottom", fontsize=9)
     axes.plot(row["step"], row["test_before"], color=BEFORE, label="meta-test, before adaptation")
     axes.plot(row["step"], row["loss"], color=LATE, ls="--", label="outer loss, meta-training tasks")
-    axes.plot(row["step"], row["test_mse"], color=AFTER, label=f"meta-test, after adaptation ({n_chips} chips)")
-    axes.fill_between(row["step"], row["test_mse"] - row["test_ci95"], row["test_mse"] + row["test_ci95"],
-                      color=AFTER, alpha=0.2, lw=0)
+    band(axes, row["step"], {"mean": row["test_mse"], "ci95": row["test_ci95"]}, color=AFTER,
+         label=f"meta-test, after adaptation ({n_chips} chips)")
     axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log", ylim=(None, 5))
     axes.set_yticks([0.5, 1, 2, 3, 5], ["0.5", "1", "2", "3", "5"])
     axes.minorticks_off()
@@ -83,8 +82,9 @@ def training(row, yardsticks, n_chips):
     return figure
 
 
-def testing(x, episodes):
-    """Four tasks before and after adaptation at inputs x [L], and the error against inner steps."""
+def testing(x, episodes, results):
+    """Four tasks before and after adaptation at inputs x [L], and the error against inner steps; results as in
+    results.json."""
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)
     axes = figure.subplot_mosaic("AABBEEE\nCCDDEEE")
@@ -97,26 +97,26 @@ def testing(x, episodes):
         axes[panel].set(xlim=(x[0], x[-1]), xlabel="x" if panel in "CD" else None,
                         ylabel="y, mean over time" if panel in "AC" else None)
     figure.legend(*axes["A"].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9, frameon=False)
-    steps = np.arange(episodes.mse.shape[1])
-    for values, color, style, label in ((episodes.mse, AFTER, "-", "all time steps"),
-                                        (episodes.mse_last, LATE, "--", "last time step")):
-        band(axes["E"], steps, values, color=color, ls=style, marker="o", label=label)
+    steps = range(len(results["mse"]["mean"]))
+    for name, color, style, label in (("mse", AFTER, "-", "all time steps"), ("mse_last", LATE, "--", "last time step")):
+        band(axes["E"], steps, results[name], color=color, ls=style, marker="o", label=label)
     axes["E"].set(xlabel="inner steps", ylabel="mean squared error", xticks=steps, ylim=0)
-    axes["E"].set_title(f"{len(episodes.mse)} tasks, a chip each; 95 % band", fontsize=9)
+    axes["E"].set_title(f"{results['mse']['n']} tasks, a chip each; 95 % band", fontsize=9)
     axes["E"].legend(fontsize=9)
     return figure
 
 
-def aging(ages, errors, t_adapt):
-    """Error against time since deployment; errors [n, ages, 4]."""
+def aging(drift, t_adapt):
+    """Error against time since deployment; drift as in results.json."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    styles = (BEFORE, "-", "never adapted"), (AFTER, "-", f"adapted once, at {t_adapt:g} s"), \
-        (LATE, "--", "adapted again at that time"), (TRUTH, ":", "the same, pulses act on the drifted G")
-    for i, (color, style, label) in enumerate(styles):
-        band(axes, ages, errors[:, :, i], color=color, ls=style, label=label)
+    for name, color, style, label in (("never", BEFORE, "-", "never adapted"),
+                                      ("once", AFTER, "-", f"adapted once, at {t_adapt:g} s"),
+                                      ("again", LATE, "--", "adapted again at that time"),
+                                      ("again_on_drifted", TRUTH, ":", "the same, pulses act on the drifted G")):
+        band(axes, drift["age_s"], drift[name], color=color, ls=style, label=label)
     axes.set(xscale="log", xlabel="time since deployment (s)", ylabel="mean squared error", ylim=0)
-    axes.set_title(f"{len(errors)} tasks, a chip each; 95 % band", fontsize=9)
+    axes.set_title(f"{drift['once']['n']} tasks, a chip each; 95 % band", fontsize=9)
     axes.legend(fontsize=9)
     return figure
 
@@ -124,13 +124,11 @@ def aging(ages, errors, t_adapt):
 # ---- studies --------------------------------------------------------------------------------------------------------
 
 def curves(lines, xlabel, ticks):
-    """Errors with intervals at a few x: lines of ((label, colour, style), x, [(mean, half-width), ...])."""
+    """Errors with intervals at a few x: lines of ((label, colour, style), x, summary)."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    for (label, color, style), x, values in lines:
-        mean, half = np.array(values).T
-        axes.plot(x, mean, color=color, ls=style, marker="o", ms=4, label=label)
-        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.2, lw=0)
+    for (label, color, style), x, summary in lines:
+        band(axes, x, summary, color=color, ls=style, marker="o", ms=4, label=label)
     axes.set(xlabel=xlabel, ylabel="mean squared error", ylim=0)
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.legend(fontsize=9)

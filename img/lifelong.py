@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 
 import analog  # noqa: E402
 import train  # noqa: E402
@@ -60,7 +59,7 @@ def main(folder, n_chips=256):
                                        (1.0, figures.LATE, ":", "refreshed before every task")):
         lives = train.test(life, cfg, device, meta, every, n_chips, train.stream(cfg, 4))
         for ax, values in zip(axes, (lives[:, :, 1], 100*lives[:, :, 2])):
-            figures.band(ax, np.arange(1, N_TASKS + 1), values, color=color, ls=style, label=label)
+            figures.band(ax, range(1, N_TASKS + 1), train.summary(values), color=color, ls=style, label=label)
         numbers[label] = {f"tasks {a + 1} to {a + 10}": train.summary(lives[:, a:a + 10, 1].mean(1))
                           for a in range(0, N_TASKS, 10)}
         print(label, *(f"{name}: {x['mean']:.3f} ± {x['ci95']:.3f}," for name, x in numbers[label].items()),
@@ -74,5 +73,10 @@ def main(folder, n_chips=256):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     train.configure_devices()
-    sys.exit(main(*sys.argv[1:2]) if len(sys.argv) == 2 else __doc__)
+    try:
+        main(sys.argv[1])
+    except train.UserError as error:
+        sys.exit(f"lifelong.py: {error}")

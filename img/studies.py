@@ -50,13 +50,16 @@ def real_valued(key, cfg, device, readout, gradient, theta, t):
 def update(rule):
     """Adapt by this rule instead of train.fire; what was compiled with another is forgotten."""
     usual = train.fire
-    if rule is not usual:
-        jax.clear_caches()
-        train.fire = rule
-    yield
-    if rule is not usual:
-        jax.clear_caches()
+    if rule is usual:
+        yield
+        return
+    train.fire = rule
+    jax.clear_caches()
+    try:
+        yield
+    finally:
         train.fire = usual
+        jax.clear_caches()
 
 
 class Trained(NamedTuple):
@@ -71,10 +74,9 @@ def trained(name, n_iter, constants=None, rule=train.fire, **flags):
     folder = Path("run/studies")/name
     cfg, device = train.configure({**flags, "n_iter": n_iter, "run_dir": str(folder)})
     device = device._replace(**(constants or {}))
-    settings = {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
     with train.hold(folder), update(rule):
         begun = (folder/"checkpoint.npz").exists()
-        checkpoint = train.load(folder) if begun else train.Checkpoint(train.start(cfg, device), 0, [], settings)
+        checkpoint = train.load(folder) if begun else train.fresh(cfg, device)
         if train.settled(checkpoint.settings) != (cfg, device) or checkpoint.settings["n_iter"] != n_iter:
             raise train.UserError(f"{folder} holds a network of other settings: move it away")
         checkpoint = train.train(cfg, device, checkpoint, folder)
@@ -96,6 +98,11 @@ def show(label, values):
     x = train.summary(values)
     print(f"{label:<56}{x['mean']:8.3f} ± {x['ci95']:.3f}", flush=True)
     return x["mean"], x["ci95"]
+
+
+def line(points):
+    """The summary of a line through points that show gave."""
+    return dict(zip(("mean", "ci95"), zip(*points)))
 
 
 def bits_networks(n_iter):
@@ -171,7 +178,7 @@ def bits(n_iter):
     for name, bits, net in bits_networks(n_iter):
         found.setdefault(name, []).append(show(f"{name}, {bits} bits", tested(net).mse[:, -1]))
     labels = {"pcm": ("PCM", figures.AFTER, "-"), "perf": ("ideal devices", figures.LATE, "--")}
-    save(figures.curves([(labels[name], [*BITS, BITS[-1] + 1], values) for name, values in found.items()],
+    save(figures.curves([(labels[name], [*BITS, BITS[-1] + 1], line(points)) for name, points in found.items()],
                         "bits of an update", ticks=dict(zip([*BITS, BITS[-1] + 1], [*map(str, BITS), "real"]))), "bits")
 
 
@@ -180,7 +187,7 @@ def steps(n_iter):
     for (n, net), style in zip(steps_networks(n_iter), figures.FOUR):
         mse = tested(net, n_inner=max(STEPS)).mse
         lines.append(((f"trained for {n}", *style), range(max(STEPS) + 1),
-                      [show(f"trained for {n} steps, after {k}", mse[:, k]) for k in range(max(STEPS) + 1)]))
+                      line([show(f"trained for {n} steps, after {k}", mse[:, k]) for k in range(max(STEPS) + 1)])))
     save(figures.curves(lines, "inner steps in the test", ticks={k: str(k) for k in range(max(STEPS) + 1)}), "steps")
 
 
