@@ -200,6 +200,15 @@ def test_snippets_of_the_readme_run():
         subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, check=True, capture_output=True)
 
 
+def test_settings_of_the_readme_are_taken():
+    text = (ROOT/"README.md").read_text()
+    found = re.findall(r"^    python train\.py(.*?)(?:#|$)|`(?:python train\.py )?(--[^`]* [^`]*)`", text, re.MULTILINE)
+    found = [(line or span).split() for line, span in found if not re.search(r"\b[A-Z]+\b|--help", line + span)]
+    for flags in found:
+        train.configure(train.given(flags))
+    assert len(found) > 20
+
+
 def test_a_chips_life(here, capsys):
     assert call(capsys, "--n_iter", "0")[0] == 0
     code = f"import sys; sys.path.insert(0, {str(ROOT/'img')!r}); import lifelong; from pathlib import Path; " \
