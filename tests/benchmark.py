@@ -1,6 +1,7 @@
 """Time and memory of meta-training against the obvious formulation, second-order autodiff of the time-step network.
 
     python tests/benchmark.py [--json] [--full]
+    python tests/benchmark.py --soak 60    # minutes of training: does memory grow? (Linux; leave it running an hour)
 
 Every ratio is of times taken alternately in this one process or side by side; run it on an otherwise idle machine.
 The tests use the obvious formulation as their oracle.
@@ -141,6 +142,20 @@ def process(*command):
         return time.perf_counter() - start, usage.ru_maxrss/1024
 
 
+def soak(minutes):
+    """Resident memory of a training process (MB), every 15 s for so many minutes."""
+    with tempfile.TemporaryDirectory() as folder:
+        child = subprocess.Popen([sys.executable, SCRIPTS/"train.py", "--n_iter", "100000000"], cwd=folder,
+                                 stdout=subprocess.DEVNULL)
+        for _ in range(int(4*minutes)):
+            time.sleep(15)
+            assert child.poll() is None, "the run ended by itself"
+            pages = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1])
+            yield pages*os.sysconf("SC_PAGE_SIZE")/2**20
+        child.terminate()
+        child.wait()
+
+
 def table(full):
     """Rows (what, measured, unit)."""
     first, _ = process("-c", FIRST)
@@ -171,7 +186,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--full", action="store_true", help="also time a whole run of 50,000 iterations")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="train for so long and watch the memory, no more")
     arguments = parser.parse_args()
+    if arguments.soak:
+        _, _, _, after_a_minute, *later = soak(arguments.soak)
+        print(f"resident memory: {after_a_minute:.0f} MB after a minute, then at most {max(later):.0f} MB, at the end "
+              f"{later[-1]:.0f} MB; largest growth {100*(max(later)/after_a_minute - 1):.1f} %")
+        sys.exit()
     train.configure_devices()
     rows = table(arguments.full)
     if arguments.json:
