@@ -309,4 +309,4 @@ if __name__ == "__main__":
     for share in (0.25, 0.5, 0.75):
         print(f"program and verify, {programming_error(PCM, share*PCM.g_max)}")
     from img import figures
-    Path("img/model.png").write_bytes(figures.png(figures.device(panels(PCM))))
+    (Path(__file__).parent/"img/model.png").write_bytes(figures.png(figures.device(panels(PCM))))

@@ -171,4 +171,5 @@ def presentation(device, x, n_h=40):
 if __name__ == "__main__":
     from img import figures
     shown = presentation(analog.PCM, x=1.5)
-    Path("img/network.png").write_bytes(figures.png(figures.network(1e3*DT, X_RANGE, *map(np.asarray, shown))))
+    figure = figures.network(1e3*DT, X_RANGE, *map(np.asarray, shown))
+    (Path(__file__).parent/"img/network.png").write_bytes(figures.png(figure))

@@ -91,7 +91,7 @@ class Config:
     dac_bits: int = flag(7, "BITS", "resolution of the input converter")
     tau_mem: float = flag(0.01, "S", "time constant of the membranes, s")
     tau_out: float = flag(0.002, "S", "time constant of the readout, s")
-    lr_out: float = flag(0.1, "UM", "step size of Adam, µS and ln of threshold")
+    lr_out: float = flag(0.1, "µS", "step size of Adam, µS and ln of threshold")
     lr_drop: int = flag(None, "N", "meta-iteration from which lr_out is divided by 10 (default: 60 %% of n_iter)")
     off_noise: float = flag(0.05, "SHARE", "programming error injected in meta-training, of a crossbar's largest G")
     target_fr: float = flag(2.0, "RATE", "target firing rate, spikes per 10 ms (2 = 200 Hz)")
@@ -592,7 +592,7 @@ def given(argv):
     """The flags on the command line, as a dictionary."""
     parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
     for field in dataclasses.fields(Config):
-        default = "" if field.default in (None, False) else f" (default: {field.default})"
+        default = "" if field.default is None or field.default is False else f" (default: {field.default})"
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": field.metadata["unit"]}
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=field.metadata["help"] + default, **kind)
     return vars(parser.parse_args(argv))
@@ -641,7 +641,7 @@ def configure(flags):
     return cfg, device
 
 
-MAY_CHANGE = ("n_iter", "batch_test", "ttest", "run_dir", "resume")    # between a checkpoint and its --resume
+MAY_CHANGE = ("n_iter", "lr_drop", "batch_test", "ttest", "run_dir", "resume")    # between a checkpoint and its --resume
 
 
 def resumed(flags, folder):
@@ -656,6 +656,8 @@ def resumed(flags, folder):
                             "that flag, or start another with --run_dir")
     cfg = dataclasses.replace(cfg, **{name: value for name, value in flags.items() if name in MAY_CHANGE})
     check(cfg)
+    if "n_iter" in flags and cfg.n_iter < checkpoint.step:
+        raise UserError(f"{folder} is past --n_iter {cfg.n_iter}: its checkpoint is of iteration {checkpoint.step}")
     if cfg.n_iter != checkpoint.settings["n_iter"] and "lr_drop" not in flags:
         print(f"schedule: lr_out drops at iteration {cfg.lr_drop}, as in the checkpoint")
     return cfg, device, checkpoint

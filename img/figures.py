@@ -71,12 +71,16 @@ def training(row, yardsticks, n_chips):
     for label, level in yardsticks.items():
         axes.axhline(level, color=TRUTH, lw=1, ls=":")
         axes.text(row["step"][-1], level*1.01, label, ha="right", va="bottom", fontsize=9)
-    axes.plot(row["step"], row["test_before"], color=BEFORE, label="meta-test, before adaptation")
-    axes.plot(row["step"], row["loss"], color=LATE, ls="--", label="outer loss, meta-training tasks")
-    band(axes, row["step"], {"mean": row["test_mse"], "ci95": row["test_ci95"]}, color=AFTER,
+    mark = {"marker": "o", "ms": 3} if len(row["step"]) == 1 else {}    # a line of one point is none
+    axes.plot(row["step"], row["test_before"], color=BEFORE, **mark, label="meta-test, before adaptation")
+    axes.plot(row["step"], row["loss"], color=LATE, ls="--", **mark, label="outer loss, meta-training tasks")
+    band(axes, row["step"], {"mean": row["test_mse"], "ci95": row["test_ci95"]}, color=AFTER, **mark,
          label=f"meta-test, after adaptation ({n_chips} chips)")
-    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log", ylim=(None, 5))
-    axes.set_yticks([0.5, 1, 2, 3, 5], ["0.5", "1", "2", "3", "5"])
+    top = 1.2*max(*yardsticks.values(), *row["test_before"])
+    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log", ylim=(None, top))
+    low = axes.get_ylim()[0]
+    ticks = [x for x in (m*10.0**k for k in range(-3, 4) for m in (1, 2, 3, 5)) if low <= x <= top]
+    axes.set_yticks(ticks, [f"{x:g}" for x in ticks])
     axes.minorticks_off()
     axes.legend(fontsize=9, loc="center right")
     return figure

@@ -90,6 +90,10 @@ def test_resume_repeats_the_run_in_one_go(here, capsys):
     assert (here/"whole/results.json").read_bytes() == (here/"parts/results.json").read_bytes()
     assert call(capsys, "--resume", "--run_dir", "parts")[0] == 0    # n_iter reached: only tests
     assert np.array_equal(arrays(here/"parts")["hidden1"], whole["hidden1"])
+    status, _, err = call(capsys, "--resume", "--run_dir", "parts", "--n_iter", "3")
+    assert status == 2 and "past --n_iter 3" in err and arrays(here/"parts")["step"] == 6
+    assert call(capsys, "--resume", "--run_dir", "parts", "--n_iter", "7", "--lr_drop", "7")[0] == 0
+    assert train.load(here/"parts").settings["lr_drop"] == 7
 
 
 def test_an_earlier_run_is_moved_aside(here, capsys):
