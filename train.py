@@ -732,7 +732,7 @@ def meta_test(cfg, device, checkpoint):
     names = "never", "once", "again", "again_on_drifted"
     drift = {"age_s": ages.tolist(), **{name: summary(errors[:, :, i]) for i, name in enumerate(names)}}
     return episodes, {"step": checkpoint.step, **scalars, "transfer": summary(elsewhere.mse),
-                              "theta": np.exp(meta.log_theta).tolist(), "drift": drift}
+                      "theta": np.exp(meta.log_theta).tolist(), "drift": drift}
 
 
 def report(results):
@@ -791,8 +791,8 @@ def run(cfg, device, checkpoint, folder):
     announce(cfg, device, folder, checkpoint.step)
     checkpoint = checkpoint._replace(settings=settings_of(cfg, device))
     versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib", "numpy", "matplotlib")}
-    write(folder/"config.json", json.dumps({"config": checkpoint.settings, "versions": versions},
-                                              indent=1).encode())
+    config = {"config": checkpoint.settings, "versions": versions}
+    write(folder/"config.json", json.dumps(config, indent=1).encode())
     save(folder, checkpoint)
     checkpoint = train(cfg, device, checkpoint, folder)
     episodes, results = meta_test(cfg, device, checkpoint)

@@ -147,13 +147,15 @@ def soak(minutes):
     with tempfile.TemporaryDirectory() as folder:
         child = subprocess.Popen([sys.executable, SCRIPTS/"train.py", "--n_iter", "100000000"], cwd=folder,
                                  stdout=subprocess.DEVNULL)
-        for _ in range(int(4*minutes)):
-            time.sleep(15)
-            assert child.poll() is None, "the run ended by itself"
-            pages = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1])
-            yield pages*os.sysconf("SC_PAGE_SIZE")/2**20
-        child.terminate()
-        child.wait()
+        try:
+            for _ in range(int(4*minutes)):
+                time.sleep(15)
+                assert child.poll() is None, "the run ended by itself"
+                pages = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1])
+                yield pages*os.sysconf("SC_PAGE_SIZE")/2**20
+        finally:    # also when whoever watches stops
+            child.terminate()
+            child.wait()
 
 
 def table(full):
