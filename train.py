@@ -81,7 +81,8 @@ class Config:
     perf: bool = flag(False, "", "ideal devices, the same as --device perf")
     n_inner: int = flag(1, "N", "inner steps: times that a new task is looked at and pulsed")
     n_bits: int = flag(2, "BITS", "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and step")
-    grad_thr: float = flag(1.0, "MSE/W", "comparator's threshold at the start; it is meta-learned")
+    grad_thr: float = flag(1.0, "MSE/W", "comparators' threshold at the start; meta-learned for each column and inner step")
+    shared_thr: bool = flag(False, "", "one comparator threshold for all columns, meta-learned for each inner step")
     task_size: int = flag(20, "N", "support samples of a task")
     batch_train: int = flag(256, "N", "tasks per chip and meta-iteration")
     n_chips: int = flag(1, "N", "chips per meta-iteration, each with noise, drift and tasks of its own")
@@ -240,7 +241,8 @@ def delta_rule(e, w, support, own):
 
 
 def fire(key, cfg, device, readout, gradient, theta, t):
-    """Step of the readout by up to 2^(n_bits−1) − 1 pulses at time t: on G+, Σ_j H(−g − jθ); on G−, Σ_j H(g − jθ)."""
+    """Step of the readout by up to 2^(n_bits−1) − 1 pulses at time t: on G+, Σ_j H(−g − jθ); on G−, Σ_j H(g − jθ), for the
+    gradient [H1, 1] and the thresholds θ [H1, 1], or [1, 1] where columns share one."""
     u = jnp.stack([-gradient, gradient])
 
     def pulse(step, inputs):
@@ -265,7 +267,7 @@ def adapt(chip_key, task_key, cfg, device, chip, theta, support, times):
         e = activity(hidden_key, cfg, device, chip, t_read).trace
         w = read_weights(read_key if k else first_key, device, readout, t_read)
         gradient = delta_rule(e, w[:, 0], support, own=k > 0)
-        steps.append(fire(pulse_key, cfg, device, readout, gradient[:, None], theta[k], t_pulse))
+        steps.append(fire(pulse_key, cfg, device, readout, gradient[:, None], theta[k][:, None], t_pulse))
         readout = steps[-1].readout
     return steps
 
@@ -283,7 +285,7 @@ def mse(e, w, query):
 class Meta(NamedTuple):
     """The meta-parameters."""
     g: network.Network      # µS, the conductances that chips are programmed to
-    log_theta: jax.Array    # [n_inner], ln of the comparator's thresholds
+    log_theta: jax.Array    # [n_inner, H1], ln of the comparators' thresholds; [n_inner, 1] where columns share one
 
 
 class Metrics(NamedTuple):
@@ -328,7 +330,8 @@ def optimizer(cfg):
 def start(cfg, device):
     """Optimizer state before training."""
     g = network.init(stream(cfg, 0), device, cfg.n_h0, cfg.n_h1)
-    return optimizer(cfg)[0](Meta(g, jnp.full(cfg.n_inner, float(np.log(cfg.grad_thr)))))
+    thresholds = cfg.n_inner, 1 if cfg.shared_thr else cfg.n_h1
+    return optimizer(cfg)[0](Meta(g, jnp.full(thresholds, float(np.log(cfg.grad_thr)))))
 
 
 def stream(cfg, index):
@@ -708,7 +711,8 @@ def train(cfg, device, checkpoint, folder):
             episodes = test(episode, cfg, device, meta, times, TEST_CHIPS, stream(cfg, 2))
             assert_sound(state, metrics.loss, (episodes.rate0.mean(), episodes.rate1.mean()), last, folder)
             tested = summary(episodes.mse)
-            row = last, *metrics, tested["mean"][0], tested["mean"][-1], tested["ci95"][-1], *np.exp(meta.log_theta)
+            row = (last, *metrics, tested["mean"][0], tested["mean"][-1], tested["ci95"][-1],
+                   *np.exp(np.median(meta.log_theta, 1)))
             checkpoint = checkpoint._replace(state=state, step=last, rows=[*checkpoint.rows, [float(x) for x in row]])
             save(folder, checkpoint)
             bar.update(last - bar.n)

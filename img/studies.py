@@ -87,7 +87,7 @@ def tested(net, constants=None, experiment=train.episode, **changes):
     """An experiment on N_TASKS tasks and chips; more inner steps than trained for go on with the last threshold."""
     cfg = dataclasses.replace(net.cfg, **changes)
     times, theta = train.Times(cfg.tread, cfg.tprog, cfg.ttest), net.meta.log_theta
-    theta = jnp.concatenate([theta, jnp.full(max(0, cfg.n_inner - len(theta)), theta[-1])])
+    theta = theta[np.minimum(np.arange(cfg.n_inner), len(theta) - 1)]
     with update(net.rule):
         return train.test(experiment, cfg, net.device._replace(**(constants or {})), net.meta._replace(log_theta=theta),
                           times, N_TASKS, train.stream(cfg, 2))

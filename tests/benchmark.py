@@ -63,7 +63,7 @@ def plain_loss(meta, key, cfg, device):
         y = train.target(train.draw_task(task_key), x)
         u = network.level_centres(cfg.dac_bits)[network.level(cfg.dac_bits, x)]
         gradient = jax.grad(lambda w: squared_error(decay, w, u[0], y[0]))(read(support_key, chip, cfg.tread))
-        readout = train.fire(pulse_key, cfg, device, chip.readout, gradient.readout, theta[0], cfg.tprog).readout
+        readout = train.fire(pulse_key, cfg, device, chip.readout, gradient.readout, theta[0][:, None], cfg.tprog).readout
         adapted = chip._replace(readout=readout)
         return squared_error(decay, read(query_key, adapted, cfg.tprog + cfg.twait), u[1], y[1])
 

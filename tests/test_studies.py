@@ -11,7 +11,7 @@ KEY = train.jax.random.key(5)
 
 
 def test_every_study_draws(here, capsys, monkeypatch):
-    tiny = vars(train.argparse.Namespace(**train.given(TINY)))
+    tiny = train.given([*TINY, "--grad_thr", "0.05"])    # so that there are pulses to study
     configure = train.configure
     monkeypatch.setattr(train, "configure", lambda flags: configure({**tiny, **flags}))
     for name, value in (("BITS", (2,)), ("STEPS", (1, 2)), ("N_TASKS", 4), ("FOLDER", here),

@@ -138,6 +138,8 @@ def test_fired_pulses_follow_the_comparator():
     readout = analog.fabricate(KEY, device, jnp.full((2, 2, 3), 1.0))
     step = train.fire(KEY, cfg, device, readout, g, jnp.array(1.0), 101.0)
     np.testing.assert_array_equal(step.pulses, [[[3, 2, 0], [0, 0, 0]], [[0, 0, 0], [1, 0, 3]]])
+    step = train.fire(KEY, cfg, device, readout, g, jnp.array([[0.5], [4.0]]), 101.0)    # a threshold for each column
+    np.testing.assert_array_equal(step.pulses, [[[3, 3, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 1]]])
     np.testing.assert_allclose(step.readout.g, 1 + 0.75*step.pulses, rtol=1e-6)
     assert np.array_equal(step.readout.t_prog > 0, step.pulses > 0)
 
@@ -211,7 +213,7 @@ def programs(**flags):
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(train.Config)
                                   if field.name not in ("n_iter", "perf", "device", "run_dir", "resume")])
 def test_every_flag_changes_what_it_should_and_nothing_else(name):
-    other = {"seed": 1, "n_inner": 2, "n_bits": 3, "grad_thr": 0.2, "task_size": 9, "batch_train": 6, "n_chips": 2,
+    other = {"seed": 1, "n_inner": 2, "n_bits": 3, "grad_thr": 0.2, "shared_thr": True, "task_size": 9, "batch_train": 6, "n_chips": 2,
              "batch_test": 5, "n_h0": 10, "n_h1": 11, "dac_bits": 5, "tau_mem": 0.02, "tau_out": 0.003, "lr_out": 0.2,
              "lr_drop": 0, "off_noise": 0.2, "target_fr": 5.0, "lambda_fr": 0.1, "tread": 3.0, "tprog": 150.0,
              "twait": 5000.0, "ttest": 1e6, "max_age": 1e3}[name]
@@ -232,5 +234,5 @@ def test_checkpoint_round_trip(tmp_path):
     assert (loaded.step, loaded.rows) == (3, saved.rows)
     assert train.settled(loaded.settings) == (cfg, device)
     with np.load(tmp_path/"checkpoint.npz") as file:
-        assert file["hidden0"].shape == (2, 2, 9) and file["theta"].shape == (2,) and file["step"] == 3
+        assert file["hidden0"].shape == (2, 2, 9) and file["theta"].shape == (2, 8) and file["step"] == 3
         assert file["hidden1"].dtype == np.float32
