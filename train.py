@@ -23,9 +23,11 @@ import io
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import threading
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -74,11 +76,10 @@ def flag(default, unit, help, compiled=True):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting of a run, and the command line."""
+    """Every setting of a run, and of the command line."""
     seed: int = flag(0, "N", "seed of every random draw")
     n_iter: int = flag(4000, "N", "meta-iterations", compiled=False)
     device: str = flag("pcm", "NAME|FILE", "device model: pcm, pcm_history, perf, or a JSON file of constants")
-    perf: bool = flag(False, "", "ideal devices, the same as --device perf")
     n_inner: int = flag(1, "N", "inner steps: times that a new task is looked at and pulsed")
     n_bits: int = flag(2, "BITS", "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and step")
     grad_thr: float = flag(1.0, "MSE/W", "comparators' threshold at the start; meta-learned for each column and inner step")
@@ -102,9 +103,6 @@ class Config:
     twait: float = flag(50.0, "S", "from tprog to the query in meta-training, s")
     max_age: float = flag(1e5, "S", "a chip of meta-training is read first at an age from tread to this, log-uniform")
     ttest: float = flag(251.0, "S", "time of the query in the meta-test, s since deployment")
-    run_dir: str = flag(None, "DIR", "folder of this run (default: run/ and the device's name)", compiled=False)
-    resume: bool = flag(False, "", "go on from the run folder's checkpoint; once n_iter is reached, only test",
-                        compiled=False)
 
 
 class UserError(Exception):
@@ -339,6 +337,11 @@ def stream(cfg, index):
     return jax.random.fold_in(jax.random.key(cfg.seed), index)
 
 
+def meta_of(state):
+    """The Meta of an optimizer state."""
+    return optimizers.adam(0.0)[2](state)
+
+
 def project(device, state):
     """Optimizer state with its conductances clipped to the device's range."""
     *conductances, threshold = state.packed_state
@@ -368,7 +371,7 @@ def on_chips(one, keys, *shared, parts=1):
 @partial(jax.jit, static_argnums=(0, 1))
 def train_chunk(cfg, device, state, first, last):
     """Optimizer state after meta-iterations first … last − 1, and their mean Metrics."""
-    _, update, parameters = optimizer(cfg)
+    _, update, _ = optimizer(cfg)
 
     def gradient(key, meta):
         return jax.grad(meta_loss, has_aux=True)(meta, key, cfg, device)
@@ -377,7 +380,7 @@ def train_chunk(cfg, device, state, first, last):
         state, total = carry
         keys = jax.random.split(jax.random.fold_in(stream(cfg, 1), step), cfg.n_chips)
         parts = math.gcd(cfg.batch_train, 2**cfg.dac_bits)
-        mean, metrics = jax.tree.map(lambda x: x.mean(0), on_chips(gradient, keys, parameters(state), parts=parts))
+        mean, metrics = jax.tree.map(lambda x: x.mean(0), on_chips(gradient, keys, meta_of(state), parts=parts))
         state = project(device, update(step.astype(jnp.float32), mean, state))
         return state, jax.tree.map(jnp.add, total, metrics)
 
@@ -495,65 +498,65 @@ def digest(arrays):
     return np.frombuffer(text.digest(), np.uint8)
 
 
-class Checkpoint(NamedTuple):
-    """All that a run needs to go on: optimizer state, next step, rows of metrics.csv, and the settings it was made with."""
+class Run(NamedTuple):
+    """A run at one moment, all that it needs to go on: settings, optimizer state, next step and rows of metrics.csv."""
+    cfg: Config
+    device: analog.Device
     state: optimizers.OptimizerState
     step: int
     rows: list
-    settings: dict
 
 
 def fresh(cfg, device):
-    """The Checkpoint before training."""
-    return Checkpoint(start(cfg, device), 0, [], settings_of(cfg, device))
+    """The Run before training."""
+    return Run(cfg, device, start(cfg, device), 0, [])
+
+
+def settings_of(run):
+    """The settings as a dictionary of JSON's types."""
+    return {**dataclasses.asdict(run.cfg), "device_constants": run.device._asdict()}
+
+
+def settled(settings):
+    """Config and Device of settings_of."""
+    constants = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.pop("device_constants").items()}
+    return Config(**settings), analog.Device(**constants)
 
 
 def names_of_state():
     return [name + moment for name in (*network.Network._fields, "log_theta") for moment in ("", "_m", "_v")]
 
 
-def save(folder, checkpoint):
-    """checkpoint.npz and metrics.csv, the second from the first's rows."""
-    arrays = dict(zip(names_of_state(), map(np.asarray, jax.tree.leaves(checkpoint.state))))
-    arrays |= {"theta": np.exp(arrays["log_theta"]), "step": np.array(checkpoint.step),
-               "rows": np.array(checkpoint.rows, np.float64), "settings": np.array(json.dumps(checkpoint.settings))}
+def save(run, folder):
+    """checkpoint.npz and metrics.csv."""
+    arrays = dict(zip(names_of_state(), map(np.asarray, jax.tree.leaves(run.state))))
+    arrays |= {"theta": np.exp(arrays["log_theta"]), "step": np.array(run.step), "rows": np.array(run.rows, np.float64),
+               "settings": np.array(json.dumps(settings_of(run)))}
     file = io.BytesIO()
     np.savez(file, **arrays, digest=digest(arrays))
     write(folder/"checkpoint.npz", file.getvalue())
     table = io.StringIO()
-    header = [*COLUMNS, *(f"theta_{k}" for k in range(len(arrays["theta"])))]
-    csv.writer(table).writerows([header, *([int(row[0]), *row[1:]] for row in checkpoint.rows)])
+    header = [*COLUMNS, *(f"theta_{k}" for k in range(run.cfg.n_inner))]
+    csv.writer(table).writerows([header, *([int(row[0]), *row[1:]] for row in run.rows)])
     write(folder/"metrics.csv", table.getvalue().encode())
 
 
 def load(folder):
-    """The folder's Checkpoint; a file that is not exactly as it was written is refused."""
+    """The folder's Run; a file that is not exactly as it was written is refused."""
     path = folder/"checkpoint.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         if not np.array_equal(arrays.pop("digest"), digest(arrays)):
             raise ValueError("its contents are not those that were written")
-        settings = json.loads(str(arrays["settings"]))
-        shape = start(*settled(settings))
-        state = jax.tree.unflatten(jax.tree.structure(shape), [jnp.asarray(arrays[name]) for name in names_of_state()])
-        return Checkpoint(state, int(arrays["step"]), arrays["rows"].tolist(), settings)
+        cfg, device = settled(json.loads(str(arrays["settings"])))
+        structure = jax.tree.structure(start(cfg, device))
+        state = jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in names_of_state()])
+        return Run(cfg, device, state, int(arrays["step"]), arrays["rows"].tolist())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: nothing to resume") from None
     except Exception as error:    # a damaged archive fails in many ways, all the same to the user
-        raise UserError(f"{path} is damaged or no checkpoint ({error}); nothing was changed") from None
-
-
-def settings_of(cfg, device):
-    """A checkpoint's settings."""
-    return {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
-
-
-def settled(settings):
-    """The Config and Device of settings_of."""
-    constants = {name: tuple(x) if isinstance(x, list) else x for name, x in settings["device_constants"].items()}
-    known = {field.name for field in dataclasses.fields(Config)}
-    return Config(**{name: x for name, x in settings.items() if name in known}), analog.Device(**constants)
+        raise UserError(f"{path} is damaged or no checkpoint of this version ({error}); nothing was changed") from None
 
 
 def hold(folder):
@@ -592,32 +595,39 @@ class Parser(argparse.ArgumentParser):
 
 
 def given(argv):
-    """The flags on the command line, as a dictionary."""
+    """Of the command line: the settings given, as a dictionary, --run_dir and --resume."""
     parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
     for field in dataclasses.fields(Config):
         default = "" if field.default is None or field.default is False else f" (default: {field.default})"
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": field.metadata["unit"]}
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=field.metadata["help"] + default, **kind)
-    return vars(parser.parse_args(argv))
+    parser.add_argument("--perf", action="store_true", help="ideal devices, the same as --device perf")
+    parser.add_argument("--run_dir", metavar="DIR", help="folder of this run (default: run/ and the device's name)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the run folder's checkpoint; once n_iter is reached, only test")
+    flags = vars(parser.parse_args(argv))
+    perf, run_dir, resume = map(flags.pop, ("perf", "run_dir", "resume"))
+    if perf and flags.setdefault("device", "perf") != "perf":
+        raise UserError("--perf is --device perf: give one of the two")
+    return flags, run_dir, resume
+
+
+INTEGERS = {"seed": (0, 2**32 - 1), "n_iter": (0, 2**31 - 1), "lr_drop": (0, 2**31 - 1), "n_inner": (1, 64),
+            "n_bits": (2, 8), "dac_bits": (1, 12), "batch_test": (4, 2**20),
+            **dict.fromkeys(("task_size", "n_h0", "n_h1", "batch_train", "n_chips"), (1, 2**20))}
+NUMBERS = {"tau_mem": (1e-4, 1), "tau_out": (1e-4, 1), "lr_out": (1e-6, 1e3), "grad_thr": (1e-6, 1e6), "off_noise": (0, 1),
+           "target_fr": (0, 10), "lambda_fr": (0, 1e38),
+           **dict.fromkeys(("tread", "tprog", "twait", "max_age", "ttest"), (1e-3, 1e12))}
 
 
 def check(cfg):
     """Refuse settings that make no sense."""
-    for name, low, high in (("n_iter", 0, 2**31 - 1), ("seed", 0, 2**32 - 1), ("n_inner", 1, 64), ("n_bits", 2, 8),
-                            ("dac_bits", 1, 12), ("lr_drop", 0, 2**31 - 1),
-                            ("batch_test", 4, 2**20),
-                            *((name, 1, 2**20) for name in ("task_size", "n_h0", "n_h1", "batch_train", "n_chips"))):
+    for name, (low, high) in {**INTEGERS, **NUMBERS}.items():
         if not low <= getattr(cfg, name) <= high:
             raise UserError(f"--{name} must be from {low} to {high}, not {getattr(cfg, name)}")
-    for name in ("lr_out", "tau_mem", "tau_out", "grad_thr", "tread"):
-        if not 0 < getattr(cfg, name) < np.inf:
-            raise UserError(f"--{name} must be positive and finite, not {getattr(cfg, name)}")
-    for name in ("off_noise", "target_fr", "lambda_fr", "twait", "ttest", "max_age"):
-        if not 0 <= getattr(cfg, name) < np.inf:
-            raise UserError(f"--{name} must be finite and not negative, not {getattr(cfg, name)}")
-    last = cfg.tprog + cfg.n_inner - 1
     if jax.process_count() > 1 and (cfg.n_chips % jax.device_count() or TEST_CHIPS % jax.device_count()):
         raise UserError(f"--n_chips and {TEST_CHIPS} must be multiples of the {jax.device_count()} devices of all hosts")
+    last = cfg.tprog + cfg.n_inner - 1
     if not (cfg.tread <= cfg.max_age and cfg.tread < cfg.tprog and cfg.twait >= cfg.n_inner and cfg.ttest > last):
         raise UserError(f"times are out of order: they must keep tread ({cfg.tread:g}) ≤ max_age ({cfg.max_age:g}), tread "
                         f"< tprog ({cfg.tprog:g}), twait ({cfg.twait:g}) ≥ n_inner ({cfg.n_inner}) and ttest "
@@ -626,62 +636,59 @@ def check(cfg):
 
 def device_of(flags):
     """The Device that the flags name."""
-    if flags.get("perf") and flags.get("device", "perf") != "perf":
-        raise UserError("--perf is --device perf: give one of the two")
     try:
-        return analog.load_device("perf" if flags.get("perf") else flags.get("device", Config.device))
+        return analog.load_device(flags.get("device", Config.device))
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
 
 
 def configure(flags):
-    """Config and Device of a fresh run."""
-    cfg, device = Config(**flags), device_of(flags)
-    cfg = dataclasses.replace(cfg, device=device.name, perf=device.name == "perf",
-                              lr_drop=cfg.n_iter*6//10 if cfg.lr_drop is None else cfg.lr_drop,
-                              run_dir=cfg.run_dir or f"run/{device.name}")
+    """Config and Device of a new run."""
+    device = device_of(flags)
+    cfg = Config(**{**flags, "device": device.name})
+    if cfg.lr_drop is None:
+        cfg = dataclasses.replace(cfg, lr_drop=cfg.n_iter*6//10)
     check(cfg)
     return cfg, device
 
 
-MAY_CHANGE = ("n_iter", "lr_drop", "batch_test", "ttest", "run_dir", "resume")    # between a checkpoint and its --resume
+MAY_CHANGE = "n_iter", "lr_drop", "batch_test", "ttest"    # between a checkpoint and its --resume
 
 
 def resumed(flags, folder):
-    """Config, Device and Checkpoint of a folder's run, with the flags that may change."""
-    checkpoint = load(folder)
-    cfg, device = settled(checkpoint.settings)
-    if {"device", "perf"} & set(flags) and device_of(flags) != device:
-        raise UserError(f"{folder} holds a run with other constants of --device {device.name}: resume it without --device")
+    """The folder's Run, with the flags that may change."""
+    run = load(folder)
+    if "device" in flags and device_of(flags) != run.device:
+        raise UserError(f"{folder} holds a run with other constants of --device {run.cfg.device}: resume it without "
+                        "--device")
     for name, value in flags.items():
-        if name not in (*MAY_CHANGE, "device", "perf") and value != getattr(cfg, name):
-            raise UserError(f"{folder} holds a run with --{name} {getattr(cfg, name)}, not {value}: resume it without "
+        if name not in (*MAY_CHANGE, "device") and value != getattr(run.cfg, name):
+            raise UserError(f"{folder} holds a run with --{name} {getattr(run.cfg, name)}, not {value}: resume it without "
                             "that flag, or start another with --run_dir")
-    cfg = dataclasses.replace(cfg, **{name: value for name, value in flags.items() if name in MAY_CHANGE})
+    cfg = dataclasses.replace(run.cfg, **{name: value for name, value in flags.items() if name in MAY_CHANGE})
     check(cfg)
-    if "n_iter" in flags and cfg.n_iter < checkpoint.step:
-        raise UserError(f"{folder} is past --n_iter {cfg.n_iter}: its checkpoint is of iteration {checkpoint.step}")
-    if cfg.n_iter != checkpoint.settings["n_iter"] and "lr_drop" not in flags:
+    if "n_iter" in flags and cfg.n_iter < run.step:
+        raise UserError(f"{folder} is past --n_iter {cfg.n_iter}: its checkpoint is of iteration {run.step}")
+    if cfg.n_iter != run.cfg.n_iter and "lr_drop" not in flags:
         print(f"schedule: lr_out drops at iteration {cfg.lr_drop}, as in the checkpoint")
-    return cfg, device, checkpoint
+    return run._replace(cfg=cfg)
 
 
 def prepare(argv):
-    """Config, Device, run folder, its lock and the Checkpoint to go on from."""
-    flags = given(argv)
-    if flags.get("resume"):
-        named = flags.get("run_dir") or f"run/{device_of(flags).name}"
-        if not Path(named).is_dir():
-            raise UserError(f"there is no run folder {named} to resume; name it with --run_dir")
-        lock = hold(Path(named))
-        return *resumed({**flags, "run_dir": named}, Path(named)), Path(named), lock
-    cfg, device = configure(flags)
-    folder = Path(cfg.run_dir)
+    """The Run to go on from, its folder and the lock on it."""
+    flags, run_dir, resume = given(argv)
+    folder = Path(run_dir or f"run/{device_of(flags).name}")
+    if resume:
+        if not folder.is_dir():
+            raise UserError(f"there is no run folder {folder} to resume; name it with --run_dir")
+        lock = hold(folder)
+        return resumed(flags, folder), folder, lock
+    settings = configure(flags)
     lock = hold(folder)
     if (folder/"checkpoint.npz").exists() and jax.process_index() == 0:
         move_aside(folder)
         lock = hold(folder)
-    return cfg, device, fresh(cfg, device), folder, lock
+    return fresh(*settings), folder, lock
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------
@@ -700,32 +707,32 @@ def assert_sound(state, loss, rates, step, folder):
             stop(f"all neurons of layer {layer} fire at nearly every step", "try a smaller --lr_out, or --lambda_fr 0.01")
 
 
-def train(cfg, device, checkpoint, folder):
-    """Meta-train up to n_iter, saving a checkpoint every CHUNK iterations."""
-    times = Times(cfg.tread, cfg.tprog, cfg.ttest)
-    with tqdm(total=cfg.n_iter, initial=checkpoint.step, disable=None, unit="it", dynamic_ncols=True) as bar:
-        while checkpoint.step < cfg.n_iter:
-            last = min((checkpoint.step//CHUNK + 1)*CHUNK, cfg.n_iter)
-            state, metrics = jax.device_get(train_chunk(cfg, device, checkpoint.state, checkpoint.step, last))
-            meta = optimizer(cfg)[2](state)
-            episodes = test(episode, cfg, device, meta, times, TEST_CHIPS, stream(cfg, 2))
+def train(run, folder):
+    """The Run after meta-training up to n_iter, saved every CHUNK iterations."""
+    cfg, times = run.cfg, Times(run.cfg.tread, run.cfg.tprog, run.cfg.ttest)
+    with tqdm(total=cfg.n_iter, initial=run.step, disable=None, unit="it", dynamic_ncols=True) as bar:
+        while run.step < cfg.n_iter:
+            last = min((run.step//CHUNK + 1)*CHUNK, cfg.n_iter)
+            state, metrics = jax.device_get(train_chunk(cfg, run.device, run.state, run.step, last))
+            meta = meta_of(state)
+            episodes = test(episode, cfg, run.device, meta, times, TEST_CHIPS, stream(cfg, 2))
             assert_sound(state, metrics.loss, (episodes.rate0.mean(), episodes.rate1.mean()), last, folder)
             tested = summary(episodes.mse)
             row = (last, *metrics, tested["mean"][0], tested["mean"][-1], tested["ci95"][-1],
                    *np.exp(np.median(meta.log_theta, 1)))
-            checkpoint = checkpoint._replace(state=state, step=last, rows=[*checkpoint.rows, [float(x) for x in row]])
-            save(folder, checkpoint)
+            run = run._replace(state=state, step=last, rows=[*run.rows, [float(x) for x in row]])
+            save(run, folder)
             bar.update(last - bar.n)
             bar.set_postfix_str(f"loss {metrics.loss:.3f}, test {tested['mean'][-1]:.3f}")
-    return checkpoint
+    return run
 
 
 SINCE = np.append(0, np.logspace(2.5, 7, 10)).astype(np.float32)    # s after the age of meta-training's query
 
 
-def meta_test(cfg, device, checkpoint):
+def meta_test(run):
     """Episodes, and their summary with that of the drift study for results.json."""
-    meta = optimizer(cfg)[2](checkpoint.state)
+    cfg, device, meta = run.cfg, run.device, meta_of(run.state)
     times = Times(cfg.tread, cfg.tprog, cfg.ttest)
     episodes = test(episode, cfg, device, meta, times, cfg.batch_test, stream(cfg, 2))
     elsewhere = test(episode, cfg, analog.aihwkit(device), meta, times, cfg.batch_test, stream(cfg, 2))
@@ -735,7 +742,7 @@ def meta_test(cfg, device, checkpoint):
     scalars = {name: summary(getattr(episodes, name)) for name in Episode._fields if name not in ("x", "y", "curves")}
     names = "never", "once", "again", "again_on_drifted"
     drift = {"age_s": ages.tolist(), **{name: summary(errors[:, :, i]) for i, name in enumerate(names)}}
-    return episodes, {"step": checkpoint.step, **scalars, "transfer": summary(elsewhere.mse),
+    return episodes, {"step": run.step, **scalars, "transfer": summary(elsewhere.mse),
                       "theta": np.exp(meta.log_theta).tolist(), "drift": drift}
 
 
@@ -762,13 +769,13 @@ def report(results):
     print(f"  {'  over a step of Adam at 1e-3':<44}{results['dw']['mean']/1e-3:9.1f}")
 
 
-def draw(cfg, device, rows, episodes, results):
+def draw(run, episodes, results):
     """Write the run's figures; their paths."""
-    row = dict(zip(COLUMNS, np.array([row[:len(COLUMNS)] for row in rows]).T))
-    drawn = {"meta_testing": figures.testing(network.level_centres(cfg.dac_bits), episodes, results),
-             "drift": figures.aging(results["drift"], cfg.tprog),
-             **({"meta_training": figures.training(row, YARDSTICKS, TEST_CHIPS)} if rows else {})}
-    suffix = "" if device.name == "pcm" else f"_{device.name}"
+    row = dict(zip(COLUMNS, np.array([row[:len(COLUMNS)] for row in run.rows]).T))
+    drawn = {"meta_testing": figures.testing(network.level_centres(run.cfg.dac_bits), episodes, results),
+             "drift": figures.aging(results["drift"], run.cfg.tprog),
+             **({"meta_training": figures.training(row, YARDSTICKS, TEST_CHIPS)} if row else {})}
+    suffix = "" if run.cfg.device == "pcm" else f"_{run.cfg.device}"
     paths = [FIGURES/f"{name}{suffix}.png" for name in drawn]
     try:
         FIGURES.mkdir(exist_ok=True)
@@ -779,30 +786,29 @@ def draw(cfg, device, rows, episodes, results):
     return paths
 
 
-def announce(cfg, device, folder, step):
-    mode = f"{device.name} devices, seed {cfg.seed}, run folder {folder}"
+def announce(run, folder):
+    mode = f"{run.cfg.device} devices, seed {run.cfg.seed}, run folder {folder}"
     print(f"meta-analog on {jax.default_backend()} ({jax.device_count()} devices, {cores()} cores): {mode}")
-    changed = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)
-               if field.name not in ("run_dir", "resume", "device", "perf", "lr_drop", "seed")
-               and getattr(cfg, field.name) != field.default}
-    print(f"settings: {' '.join(f'--{name} {value}' for name, value in changed.items()) or 'all default'}")
-    if step:
-        print(f"resuming after iteration {step} of {cfg.n_iter}")
+    changed = {field.name: getattr(run.cfg, field.name) for field in dataclasses.fields(Config)
+               if field.name not in ("device", "lr_drop", "seed") and getattr(run.cfg, field.name) != field.default}
+    words = (f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
+    print(f"settings: {' '.join(words) or 'all default'}")
+    if run.step:
+        print(f"resuming after iteration {run.step} of {run.cfg.n_iter}")
 
 
-def run(cfg, device, checkpoint, folder):
+def execute(run, folder):
     """Meta-train, meta-test, report and draw."""
-    announce(cfg, device, folder, checkpoint.step)
-    checkpoint = checkpoint._replace(settings=settings_of(cfg, device))
+    announce(run, folder)
     versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib", "numpy", "matplotlib")}
-    config = {"config": checkpoint.settings, "versions": versions}
-    write(folder/"config.json", json.dumps(config, indent=1).encode())
-    save(folder, checkpoint)
-    checkpoint = train(cfg, device, checkpoint, folder)
-    episodes, results = meta_test(cfg, device, checkpoint)
+    write(folder/"config.json", json.dumps({"config": settings_of(run), "versions": versions}, indent=1).encode())
+    save(run, folder)
+    run = train(run, folder)
+    print(f"testing {run.cfg.batch_test} chips", flush=True)
+    episodes, results = meta_test(run)
     write(folder/"results.json", json.dumps(results, indent=1).encode())
     report(results)
-    paths = draw(cfg, device, checkpoint.rows, episodes, results)
+    paths = draw(run, episodes, results)
     print(f"results in {folder}/ (config.json metrics.csv results.json checkpoint.npz), figures in "
           f"{' '.join(map(str, paths))}")
 
@@ -817,6 +823,15 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def keep_compiled():
+    """Keep compiled programs beside Python's own, for later runs on this machine: another may have another processor."""
+    warnings.filterwarnings("ignore", ".*persistent compilation cache")    # what cannot be kept or read is compiled again
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(__file__).parent/"__pycache__"/platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def configure_devices():
     """A CPU device per core, so that chips are spread over them; hosts that share a coordinator act as one machine."""
     with contextlib.suppress(OSError, AttributeError):    # where the C library is another
@@ -824,6 +839,7 @@ def configure_devices():
     os.environ["XLA_FLAGS"] = f"{CPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}"    # the user's own come last and win
     with contextlib.suppress(RuntimeError):    # already set up by whoever called main
         jax.config.update("jax_num_cpu_devices", cores())
+    keep_compiled()
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
         place = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))    # else the cluster tells
         try:
@@ -838,9 +854,9 @@ def main(argv=None):
     """Run the command line; the exit status."""
     try:
         configure_devices()
-        *settings, lock = prepare(argv)
+        run, folder, lock = prepare(argv)
         with lock:
-            run(*settings)
+            execute(run, folder)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return error.status

@@ -49,9 +49,8 @@ def life(key, cfg, device, meta, every):
 
 
 def main(folder, n_chips=256):
-    checkpoint = train.load(Path(folder))
-    cfg, device = train.settled(checkpoint.settings)
-    meta = train.optimizer(cfg)[2](checkpoint.state)
+    cfg, device, state, *_ = train.load(Path(folder))
+    meta = train.meta_of(state)
     figure = figures.Figure(figsize=(9.6, 3.8), layout="constrained")
     axes, numbers = figure.subplots(1, 2), {}
     for every, color, style, label in ((1e9, figures.BEFORE, "-", "never refreshed"),

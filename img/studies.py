@@ -4,7 +4,8 @@
 
 bits      error against bits of an update, 2 to 6 and real-valued, PCM and ideal devices
 steps     error against inner steps 0 to 8 of networks trained for 1, 2, 4 and 8
-limits    one non-ideality off at a time, in the test and in training too; bounds of any rule for the readout
+limits    one non-ideality off at a time, in the test and in training too; the comparators' thresholds; bounds of any
+          rule for the readout
 updates   |ΔW| of a programmed synapse against gradient descent and Adam on the same task
 cost      error against pulses of an adaptation, of the networks of bits and steps
 """
@@ -72,15 +73,15 @@ class Trained(NamedTuple):
 def trained(name, n_iter, constants=None, rule=train.fire, **flags):
     """A network of these flags, on the device with some constants replaced; trained unless its run folder has it."""
     folder = Path("run/studies")/name
-    cfg, device = train.configure({**flags, "n_iter": n_iter, "run_dir": str(folder)})
+    cfg, device = train.configure({**flags, "n_iter": n_iter})
     device = device._replace(**(constants or {}))
     with train.hold(folder), update(rule):
         begun = (folder/"checkpoint.npz").exists()
-        checkpoint = train.load(folder) if begun else train.fresh(cfg, device)
-        if train.settled(checkpoint.settings) != (cfg, device) or checkpoint.settings["n_iter"] != n_iter:
+        run = train.load(folder) if begun else train.fresh(cfg, device)
+        if (run.cfg, run.device, run.cfg.n_iter) != (cfg, device, n_iter):
             raise train.UserError(f"{folder} holds a network of other settings: move it away")
-        checkpoint = train.train(cfg, device, checkpoint, folder)
-    return Trained(cfg, device, train.optimizer(cfg)[2](checkpoint.state), rule)
+        run = train.train(run, folder)
+    return Trained(cfg, device, train.meta_of(run.state), rule)
 
 
 def tested(net, constants=None, experiment=train.episode, **changes):
@@ -128,6 +129,16 @@ def traces(key, cfg, device, meta, times):
     e = train.activity(hidden_key, cfg, device, chip, times.query).trace
     second = jnp.einsum("tli,tlj,l->ij", e, e, trial.support.share)/len(e)
     return trial, e, analog.weights(device, chip.readout.g)[:, 0], second, trial.support.y @ e.mean(0)
+
+
+def imprecise(error):
+    """train.episode on a chip each of whose thresholds is off by a factor exp(N(0, error²))."""
+    def episode(key, cfg, device, meta, times):
+        theta_key, key = jax.random.split(key)
+        off = error*jax.random.normal(theta_key, meta.log_theta.shape)
+        return train.episode(key, cfg, device, meta._replace(log_theta=meta.log_theta + off), times)
+
+    return episode
 
 
 RIDGES = 1e-4, 1e-3, 1e-2, 1e-1, 1.0
@@ -199,6 +210,11 @@ def limits(n_iter):
         noise = {"off_noise": 0.0} if "prog_err" in constants else {}
         other = trained(f"no_{name.replace(' ', '_')}", n_iter, constants, **noise)
         rows.append((f"no {name}", alone, show(f"no {name}, in training too", tested(other).mse[:, 1])))
+    shared = trained("shared_thr", n_iter, shared_thr=True)
+    rows.append(("one threshold for all columns", None, show("one threshold for all columns", tested(shared).mse[:, 1])))
+    for share in (0.1, 0.3):
+        off = tested(net, experiment=imprecise(share)).mse[:, 1]
+        rows.append((f"thresholds off by {share:.0%}", show(f"thresholds off by {share:.0%}", off), None))
     real = trained("pcm_real", n_iter, device="pcm", rule=real_valued)
     rows.append(("real-valued updates", None, show("real-valued updates, in training too", tested(real).mse[:, 1])))
     for shots in (20, 100):

@@ -95,7 +95,7 @@ def iterations(n, **flags):
 def yardstick(**flags):
     """A function for the gradient of the obvious formulation."""
     cfg, device = train.configure(flags)
-    meta = train.optimizer(cfg)[2](train.start(cfg, device))
+    meta = train.meta_of(train.start(cfg, device))
     gradient = jax.jit(jax.grad(lambda meta, key: plain_loss(meta, key, cfg, device)))
     return lambda: gradient(meta, jax.random.key(0))
 

@@ -16,7 +16,7 @@ jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 import train
 cfg, device = train.configure(dict(n_h0=9, n_h1=8, batch_train=4, task_size=6, dac_bits=4, n_inner=2, grad_thr=0.1))
 assert jax.device_count() == int(sys.argv[1])
-meta = train.optimizer(cfg)[2](train.start(cfg, device))
+meta = train.meta_of(train.start(cfg, device))
 def gradient(key, meta):
     return jax.value_and_grad(train.meta_loss, has_aux=True)(meta, key, cfg, device)
 keys = jax.random.split(jax.random.key(1), int(sys.argv[3]))

@@ -11,7 +11,7 @@ KEY = train.jax.random.key(5)
 
 
 def test_every_study_draws(here, capsys, monkeypatch):
-    tiny = train.given([*TINY, "--grad_thr", "0.05"])    # so that there are pulses to study
+    tiny, *_ = train.given([*TINY, "--grad_thr", "0.05"])    # so that there are pulses to study
     configure = train.configure
     monkeypatch.setattr(train, "configure", lambda flags: configure({**tiny, **flags}))
     for name, value in (("BITS", (2,)), ("STEPS", (1, 2)), ("N_TASKS", 4), ("FOLDER", here),
@@ -35,7 +35,7 @@ def test_real_valued_updates_are_what_pulses_round(x64):
 
 
 def test_no_readout_beats_the_best_one(here):
-    cfg, device = train.configure(train.given(TINY))
-    meta = train.optimizer(cfg)[2](train.start(cfg, device))
+    cfg, device = train.configure(train.given(TINY)[0])
+    meta = train.meta_of(train.start(cfg, device))
     errors = train.test(studies.bounds, cfg, device, meta, train.Times(100.0, 101.0, 251.0), 8, KEY)
     assert np.all(errors[:, 0] <= errors[:, 1:].min(1) + 1e-3)

@@ -34,7 +34,7 @@ def ingredients(cfg, device):
     """Meta-parameters, chip, tasks and trials of a batch."""
     @jax.jit
     def make():
-        meta = train.optimizer(cfg)[2](train.start(cfg, device))
+        meta = train.meta_of(train.start(cfg, device))
         meta = meta._replace(g=meta.g._replace(readout=meta.g.readout + jax.random.uniform(KEY, meta.g.readout.shape)))
         keys = jax.random.split(KEY, cfg.batch_train)
         tasks = jax.vmap(lambda key: train.draw_task(jax.random.split(key)[0]))(keys)
@@ -103,7 +103,7 @@ def plainly(patch, cfg):
     patch.setattr(network, "lif_trace", lambda *inputs: network.lif(*inputs)[1])
 
 
-@pytest.mark.parametrize("flags", [{}, {"n_inner": 3}, {"n_bits": 4}, {"perf": True}, {"lambda_fr": 0.1, "n_inner": 2},
+@pytest.mark.parametrize("flags", [{}, {"n_inner": 3}, {"n_bits": 4}, {"device": "perf"}, {"shared_thr": True}, {"lambda_fr": 0.1, "n_inner": 2},
                                    {"device": "pcm_history"}], ids=str)
 def test_meta_gradient_equals_second_order_autodiff(x64, flags):
     cfg, device = configured(grad_thr=0.3, **flags)
@@ -133,7 +133,7 @@ def test_meta_gradient_equals_finite_differences_where_smooth(x64, n_inner):
 
 
 def test_fired_pulses_follow_the_comparator():
-    cfg, device = configured(n_bits=3, perf=True)
+    cfg, device = configured(n_bits=3, device="perf")
     g = jnp.array([[-5.0, -2.5, -1.0], [1.5, 0.2, 7.0]])
     readout = analog.fabricate(KEY, device, jnp.full((2, 2, 3), 1.0))
     step = train.fire(KEY, cfg, device, readout, g, jnp.array(1.0), 101.0)
@@ -190,7 +190,7 @@ def test_chunks_do_not_change_the_run_and_the_range_is_kept():
     half, _ = train.train_chunk(cfg, device, train.start(cfg, device), 0, 2)
     half, _ = train.train_chunk(cfg, device, half, 2, 4)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(half)))
-    g = np.concatenate([np.ravel(g) for g in train.optimizer(cfg)[2](whole).g])
+    g = np.concatenate([np.ravel(g) for g in train.meta_of(whole).g])
     assert g.min() == np.float32(0.1) and g.max() == np.float32(12.0)
 
 
@@ -205,13 +205,13 @@ def programs(**flags):
     keys = jax.random.split(train.stream(cfg, 2), cfg.batch_test)
     chunk = jax.make_jaxpr(lambda state: train.train_chunk(cfg, device, state, 0, 1))(state)
     tested = jax.make_jaxpr(lambda meta: train.test_batch(train.episode, cfg, device, keys, meta, train.Times(
-        cfg.tread, cfg.tprog, cfg.ttest)))(train.optimizer(cfg)[2](state))
+        cfg.tread, cfg.tprog, cfg.ttest)))(train.meta_of(state))
     values = [np.asarray(x).tobytes() for x in (*jax.tree.leaves(state), jax.random.key_data(keys))]
     return (str(chunk), *values[:-1]), (str(tested), *values)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(train.Config)
-                                  if field.name not in ("n_iter", "perf", "device", "run_dir", "resume")])
+                                  if field.name not in ("n_iter", "device")])
 def test_every_flag_changes_what_it_should_and_nothing_else(name):
     other = {"seed": 1, "n_inner": 2, "n_bits": 3, "grad_thr": 0.2, "shared_thr": True, "task_size": 9, "batch_train": 6, "n_chips": 2,
              "batch_test": 5, "n_h0": 10, "n_h1": 11, "dac_bits": 5, "tau_mem": 0.02, "tau_out": 0.003, "lr_out": 0.2,
@@ -226,13 +226,11 @@ def test_every_flag_changes_what_it_should_and_nothing_else(name):
 def test_checkpoint_round_trip(tmp_path):
     cfg, device = configured(n_inner=2)
     state, _ = train.train_chunk(cfg, device, train.start(cfg, device), 0, 3)
-    settings = {**dataclasses.asdict(cfg), "device_constants": device._asdict()}
-    saved = train.Checkpoint(state, 3, [[3.0]*10], settings)
-    train.save(tmp_path, saved)
+    saved = train.Run(cfg, device, state, 3, [[3.0]*10])
+    train.save(saved, tmp_path)
     loaded = train.load(tmp_path)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(loaded.state), strict=True))
-    assert (loaded.step, loaded.rows) == (3, saved.rows)
-    assert train.settled(loaded.settings) == (cfg, device)
+    assert (loaded.cfg, loaded.device, loaded.step, loaded.rows) == (cfg, device, 3, saved.rows)
     with np.load(tmp_path/"checkpoint.npz") as file:
         assert file["hidden0"].shape == (2, 2, 9) and file["theta"].shape == (2, 8) and file["step"] == 3
         assert file["hidden1"].dtype == np.float32
