@@ -5,7 +5,7 @@
                                      (+1 s per further inner step)
 
 Inner loop, on the chip: the delta rule on the readout, each synapse pulsed up, down or not as its gradient passes the
-comparator's threshold. Outer loop, offline: Adam on the conductances that chips are programmed to and on the thresholds,
+synapse's threshold. Outer loop, offline: Adam on the conductances that chips are programmed to and on the thresholds,
 through reads, drift and pulses (MAML: Finn, Abbeel, Levine, ICML 2017). The task is regression of A sin(x + φ).
 
 Both loops use closed forms. With e [T, L, H1] the traces of one read of the hidden crossbars for each of L input levels,
@@ -36,14 +36,11 @@ if __name__ == "__main__":    # first of all, as loading the libraries takes sec
     def end_when_told():
         """Ctrl-C and SIGTERM end the process at once with one line: also within a computation or a library's callback,
         where Python's own interrupt waits or is lost. Nothing is lost: a checkpoint is replaced as a whole."""
-        told, tell = os.pipe()
-        os.set_blocking(tell, False)
-        signal.set_wakeup_fd(tell)
-        for end in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(end, lambda *_: None)
+        ends = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, ends)    # every thread's, so that they wait for the one below
 
         def wait():
-            number = os.read(told, 1)[0]
+            number = signal.sigwait(ends)
             line = "train.py: interrupted; what was saved stands, and --resume goes on from it\n"
             os.write(2, ("\n"*os.isatty(2) + line).encode())    # below the progress bar
             os._exit(128 + number)
@@ -69,40 +66,44 @@ FIGURES = Path("img")
 
 # ---- configuration --------------------------------------------------------------------------------------------------
 
-def flag(default, unit, help, compiled=True):
-    """A setting; compiled: whether a program compiled for one value is of no use for another."""
-    return dataclasses.field(default=default, compare=compiled, metadata={"unit": unit, "help": help})
+def flag(default, unit, help, low=None, high=None, compiled=True):
+    """A setting from low to high; compiled: whether a program compiled for one value is of no use for another."""
+    return dataclasses.field(default=default, compare=compiled,
+                             metadata={"unit": unit, "help": help, "low": low, "high": high})
+
+
+MANY = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run, and of the command line."""
-    seed: int = flag(0, "N", "seed of every random draw")
-    n_iter: int = flag(4000, "N", "meta-iterations", compiled=False)
+    seed: int = flag(0, "N", "seed of every random draw", 0, 2**32 - 1)
+    n_iter: int = flag(4000, "N", "meta-iterations", 0, 2**31 - 1, compiled=False)
     device: str = flag("pcm", "NAME|FILE", "device model: pcm, pcm_history, perf, or a JSON file of constants")
-    n_inner: int = flag(1, "N", "inner steps: times that a new task is looked at and pulsed")
-    n_bits: int = flag(2, "BITS", "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and step")
-    grad_thr: float = flag(1.0, "MSE/W", "comparators' threshold at the start; meta-learned for each column and inner step")
-    shared_thr: bool = flag(False, "", "one comparator threshold for all columns, meta-learned for each inner step")
-    task_size: int = flag(20, "N", "support samples of a task")
-    batch_train: int = flag(256, "N", "tasks per chip and meta-iteration")
-    n_chips: int = flag(1, "N", "chips per meta-iteration, each with noise, drift and tasks of its own")
-    batch_test: int = flag(1024, "N", "tasks of the meta-test, each on a chip of its own", compiled=False)
-    n_h0: int = flag(40, "N", "neurons of layer 0")
-    n_h1: int = flag(40, "N", "neurons of layer 1")
-    dac_bits: int = flag(7, "BITS", "resolution of the input converter")
-    tau_mem: float = flag(0.01, "S", "time constant of the membranes, s")
-    tau_out: float = flag(0.002, "S", "time constant of the readout, s")
-    lr_out: float = flag(0.1, "µS", "step size of Adam, µS and ln of threshold")
-    lr_drop: int = flag(None, "N", "meta-iteration from which lr_out is divided by 10 (default: 60 %% of n_iter)")
-    off_noise: float = flag(0.05, "SHARE", "programming error injected in meta-training, of a crossbar's largest G")
-    target_fr: float = flag(2.0, "RATE", "target firing rate, spikes per 10 ms (2 = 200 Hz)")
-    lambda_fr: float = flag(0.0, "WEIGHT", "weight of (target_fr − rate)², summed over the layers, in the outer loss")
-    tread: float = flag(100.0, "S", "time of the first read of a new task, s since deployment")
-    tprog: float = flag(101.0, "S", "time of its first pulse, s; each further inner step is 1 s later")
-    twait: float = flag(50.0, "S", "from tprog to the query in meta-training, s")
-    max_age: float = flag(1e5, "S", "a chip of meta-training is read first at an age from tread to this, log-uniform")
-    ttest: float = flag(251.0, "S", "time of the query in the meta-test, s since deployment")
+    n_inner: int = flag(1, "N", "inner steps: times that a new task is looked at and pulsed", 1, 64)
+    n_bits: int = flag(2, "BITS", "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and step", 2, 8)
+    grad_thr: float = flag(1.0, "MSE/W", "thresholds at the start; meta-learned for each synapse and inner step", 1e-6, 1e6)
+    shared_thr: bool = flag(False, "", "one threshold for all synapses, meta-learned for each inner step")
+    task_size: int = flag(20, "N", "support samples of a task", 1, MANY)
+    batch_train: int = flag(256, "N", "tasks per chip and meta-iteration", 1, MANY)
+    n_chips: int = flag(1, "N", "chips per meta-iteration, each with noise, drift and tasks of its own", 1, MANY)
+    batch_test: int = flag(1024, "N", "tasks of the meta-test, each on a chip of its own", 4, MANY, compiled=False)
+    n_h0: int = flag(40, "N", "neurons of layer 0", 1, 2**12)
+    n_h1: int = flag(40, "N", "neurons of layer 1", 1, 2**12)
+    dac_bits: int = flag(7, "BITS", "resolution of the input converter", 1, 12)
+    tau_mem: float = flag(0.01, "S", "time constant of the membranes, s", 1e-4, 1)
+    tau_out: float = flag(0.002, "S", "time constant of the readout, s", 1e-4, 1)
+    lr_out: float = flag(0.1, "µS", "step size of Adam, µS and ln of threshold", 1e-6, 1e3)
+    lr_drop: int = flag(None, "N", "iteration from which lr_out is divided by 10 (default: 60 %% of n_iter)", 0, 2**31 - 1)
+    off_noise: float = flag(0.05, "SHARE", "programming error injected in meta-training, of a crossbar's largest G", 0, 1)
+    target_fr: float = flag(2.0, "RATE", "target firing rate, spikes per 10 ms (2 = 200 Hz)", 0, 10)
+    lambda_fr: float = flag(0.0, "WEIGHT", "weight of Σ_layers (target_fr − rate)² in the outer loss", 0, 1e38)
+    tread: float = flag(100.0, "S", "time of the first read of a new task, s since deployment", 1e-3, 1e7)
+    tprog: float = flag(101.0, "S", "time of its first pulse, s; each further inner step is 1 s later", 1e-3, 1e7)
+    twait: float = flag(50.0, "S", "from tprog to the query in meta-training, s", 1e-3, 1e7)
+    max_age: float = flag(1e5, "S", "age of a chip at its first read in meta-training: log-uniform, tread to this", 1e-3, 1e7)
+    ttest: float = flag(251.0, "S", "time of the query in the meta-test, s since deployment", 1e-3, 1e7)
 
 
 class UserError(Exception):
@@ -240,7 +241,7 @@ def delta_rule(e, w, support, own):
 
 def fire(key, cfg, device, readout, gradient, theta, t):
     """Step of the readout by up to 2^(n_bits−1) − 1 pulses at time t: on G+, Σ_j H(−g − jθ); on G−, Σ_j H(g − jθ), for the
-    gradient [H1, 1] and the thresholds θ [H1, 1], or [1, 1] where columns share one."""
+    gradient [H1, 1] and the thresholds θ [H1, 1], or [1, 1] where synapses share one."""
     u = jnp.stack([-gradient, gradient])
 
     def pulse(step, inputs):
@@ -272,10 +273,16 @@ def adapt(chip_key, task_key, cfg, device, chip, theta, support, times):
 
 def mse(e, w, query):
     """Squared error of the readout w [H1] in expectation over the inputs, mean over the steps of this part's traces
-    e [T, l, H1]."""
+    e [T, l, H1]. What is computed of e alone serves all tasks."""
     rows, means = e.reshape(-1, e.shape[-1]), whole(jnp.mean(e, 0))
     second = jax.lax.pmean(rows.T @ rows/len(rows), PARTS)
     return w @ (second @ w - 2/len(means)*(query.y @ means)) + query.y2
+
+
+def mse_alone(e, w, query):
+    """mse of the only task of its chip, from the outputs e w of all levels: no second moments are worth while."""
+    y = e @ w
+    return jnp.mean(y**2) - 2*jnp.mean(query.y*y.mean(0)) + query.y2
 
 
 # ---- outer loop -----------------------------------------------------------------------------------------------------
@@ -283,7 +290,7 @@ def mse(e, w, query):
 class Meta(NamedTuple):
     """The meta-parameters."""
     g: network.Network      # µS, the conductances that chips are programmed to
-    log_theta: jax.Array    # [n_inner, H1], ln of the comparators' thresholds; [n_inner, 1] where columns share one
+    log_theta: jax.Array    # [n_inner, H1], ln of the thresholds; [n_inner, 1] where synapses share one
 
 
 class Metrics(NamedTuple):
@@ -418,12 +425,13 @@ def episode(key, cfg, device, meta, times):
     touched = jnp.sign(pulses.sum(0))
     before, after = (analog.weights(device, readout.g) for readout in (readouts[0], readouts[-1]))
     dw = jnp.sum(jnp.abs(after - before)*touched)/jnp.maximum(touched.sum(), 1.0)
-    hessian = 2*jnp.einsum("tli,tlj,l->ij", e, e, trial.support.share)/len(e)
+    rows = e[:, network.level(cfg.dac_bits, trial.x)].reshape(-1, e.shape[-1])
+    hessian = 2*rows.T @ rows/len(rows)
     dw_gd = 2/jnp.maximum(jnp.linalg.eigvalsh(hessian)[-1], 1e-6)*jnp.mean(jnp.abs(
         delta_rule(e, w[0], trial.support, own=False)))
     curves = jnp.stack([trial.query.y, *(e.mean(0) @ w[i] for i in (0, -1))])
-    return Episode(jnp.stack([mse(e, w, trial.query) for w in w]), jnp.stack([mse(e[-1:], w, trial.query) for w in w]),
-                   pulses.sum(), jnp.mean(pulses > 0), active.rate0/network.DT, active.rate1/network.DT,
+    errors, errors_last = (jnp.stack([mse_alone(e, w, trial.query) for w in w]) for e in (e, e[-1:]))
+    return Episode(errors, errors_last, pulses.sum(), jnp.mean(pulses > 0), active.rate0/network.DT, active.rate1/network.DT,
                    dw, dw_gd, trial.x, trial.y, curves)
 
 
@@ -441,7 +449,7 @@ def aging(key, cfg, device, meta, ages):
     def errors(key, readouts, t):
         hidden_key, read_key = jax.random.split(key)
         e = activity(hidden_key, cfg, device, chip, t).trace
-        return [mse(e, read_weights(read_key, device, readout, t)[:, 0], trial.query) for readout in readouts]
+        return [mse_alone(e, read_weights(read_key, device, readout, t)[:, 0], trial.query) for readout in readouts]
 
     once = adapted(once_key, device, chip.readout, Times(cfg.tread, cfg.tprog, cfg.ttest))
 
@@ -503,24 +511,13 @@ class Run(NamedTuple):
     cfg: Config
     device: analog.Device
     state: optimizers.OptimizerState
-    step: int
-    rows: list
-
-
-def fresh(cfg, device):
-    """The Run before training."""
-    return Run(cfg, device, start(cfg, device), 0, [])
+    step: int = 0
+    rows: list = []
 
 
 def settings_of(run):
     """The settings as a dictionary of JSON's types."""
     return {**dataclasses.asdict(run.cfg), "device_constants": run.device._asdict()}
-
-
-def settled(settings):
-    """Config and Device of settings_of."""
-    constants = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.pop("device_constants").items()}
-    return Config(**settings), analog.Device(**constants)
 
 
 def names_of_state():
@@ -549,8 +546,10 @@ def load(folder):
             arrays = {name: file[name] for name in file.files}
         if not np.array_equal(arrays.pop("digest"), digest(arrays)):
             raise ValueError("its contents are not those that were written")
-        cfg, device = settled(json.loads(str(arrays["settings"])))
-        structure = jax.tree.structure(start(cfg, device))
+        settings = json.loads(str(arrays["settings"]))
+        device = analog.check_device(settings.pop("device_constants"))
+        cfg = Config(**settings)
+        structure = jax.tree.structure(jax.eval_shape(lambda: start(cfg, device)))
         state = jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in names_of_state()])
         return Run(cfg, device, state, int(arrays["step"]), arrays["rows"].tolist())
     except FileNotFoundError:
@@ -567,6 +566,8 @@ def hold(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder/".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock.fileno()), os.stat(folder/".lock")):    # moved aside by another meanwhile
+            raise BlockingIOError
     except BlockingIOError:
         raise UserError(f"{folder} is in use by another run; name another with --run_dir") from None
     except OSError as error:
@@ -612,19 +613,12 @@ def given(argv):
     return flags, run_dir, resume
 
 
-INTEGERS = {"seed": (0, 2**32 - 1), "n_iter": (0, 2**31 - 1), "lr_drop": (0, 2**31 - 1), "n_inner": (1, 64),
-            "n_bits": (2, 8), "dac_bits": (1, 12), "batch_test": (4, 2**20),
-            **dict.fromkeys(("task_size", "n_h0", "n_h1", "batch_train", "n_chips"), (1, 2**20))}
-NUMBERS = {"tau_mem": (1e-4, 1), "tau_out": (1e-4, 1), "lr_out": (1e-6, 1e3), "grad_thr": (1e-6, 1e6), "off_noise": (0, 1),
-           "target_fr": (0, 10), "lambda_fr": (0, 1e38),
-           **dict.fromkeys(("tread", "tprog", "twait", "max_age", "ttest"), (1e-3, 1e12))}
-
-
 def check(cfg):
     """Refuse settings that make no sense."""
-    for name, (low, high) in {**INTEGERS, **NUMBERS}.items():
-        if not low <= getattr(cfg, name) <= high:
-            raise UserError(f"--{name} must be from {low} to {high}, not {getattr(cfg, name)}")
+    for field in dataclasses.fields(Config):
+        value, low, high = getattr(cfg, field.name), *map(field.metadata.get, ("low", "high"))
+        if low is not None and not low <= value <= high:
+            raise UserError(f"--{field.name} must be from {low} to {high}, not {value}")
     if jax.process_count() > 1 and (cfg.n_chips % jax.device_count() or TEST_CHIPS % jax.device_count()):
         raise UserError(f"--n_chips and {TEST_CHIPS} must be multiples of the {jax.device_count()} devices of all hosts")
     last = cfg.tprog + cfg.n_inner - 1
@@ -660,7 +654,7 @@ def resumed(flags, folder):
     run = load(folder)
     if "device" in flags and device_of(flags) != run.device:
         raise UserError(f"{folder} holds a run with other constants of --device {run.cfg.device}: resume it without "
-                        "--device")
+                        "--device and --perf")
     for name, value in flags.items():
         if name not in (*MAY_CHANGE, "device") and value != getattr(run.cfg, name):
             raise UserError(f"{folder} holds a run with --{name} {getattr(run.cfg, name)}, not {value}: resume it without "
@@ -683,12 +677,13 @@ def prepare(argv):
             raise UserError(f"there is no run folder {folder} to resume; name it with --run_dir")
         lock = hold(folder)
         return resumed(flags, folder), folder, lock
-    settings = configure(flags)
+    cfg, device = configure(flags)
+    run = Run(cfg, device, start(cfg, device))
     lock = hold(folder)
     if (folder/"checkpoint.npz").exists() and jax.process_index() == 0:
         move_aside(folder)
         lock = hold(folder)
-    return fresh(*settings), folder, lock
+    return run, folder, lock
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------
@@ -771,7 +766,7 @@ def report(results):
 
 def draw(run, episodes, results):
     """Write the run's figures; their paths."""
-    row = dict(zip(COLUMNS, np.array([row[:len(COLUMNS)] for row in run.rows]).T))
+    row = dict(zip(COLUMNS, np.array(run.rows).T))    # without the thresholds
     drawn = {"meta_testing": figures.testing(network.level_centres(run.cfg.dac_bits), episodes, results),
              "drift": figures.aging(results["drift"], run.cfg.tprog),
              **({"meta_training": figures.training(row, YARDSTICKS, TEST_CHIPS)} if row else {})}
@@ -824,8 +819,9 @@ def cores():
 
 
 def keep_compiled():
-    """Keep compiled programs beside Python's own, for later runs on this machine: another may have another processor."""
-    warnings.filterwarnings("ignore", ".*persistent compilation cache")    # what cannot be kept or read is compiled again
+    """Keep compiled programs beside Python's own, for later runs on this machine: another may have another processor. What
+    cannot be kept or read is compiled again, without a word."""
+    warnings.filterwarnings("ignore", ".*persistent compilation cache")
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(__file__).parent/"__pycache__"/platform.node()
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -836,7 +832,8 @@ def configure_devices():
     """A CPU device per core, so that chips are spread over them; hosts that share a coordinator act as one machine."""
     with contextlib.suppress(OSError, AttributeError):    # where the C library is another
         ctypes.CDLL(None).mallopt(-8, 2)    # M_ARENA_MAX: more pools hold on to 80 MB of the compiler's; one is slow
-    os.environ["XLA_FLAGS"] = f"{CPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}"    # the user's own come last and win
+    if CPU_FLAGS not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{CPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}"    # the user's own come last and win
     with contextlib.suppress(RuntimeError):    # already set up by whoever called main
         jax.config.update("jax_num_cpu_devices", cores())
     keep_compiled()

@@ -40,7 +40,7 @@ def life(key, cfg, device, meta, every):
         after = train.adapt(shared_key, pulse_key, cfg, device, chip._replace(readout=readout), theta, trial.support,
                             times)[-1].readout
         e = train.activity(hidden_key, cfg, device, chip, times.query).trace
-        errors = [train.mse(e, train.read_weights(read_key, device, xbar, times.query)[:, 0], trial.query)
+        errors = [train.mse_alone(e, train.read_weights(read_key, device, xbar, times.query)[:, 0], trial.query)
                   for read_key, xbar in zip(read_keys, (readout, after))]
         return after, jnp.stack([*errors, jnp.mean(after.g > SATURATED*device.g_max)])
 
@@ -74,8 +74,8 @@ def main(folder, n_chips=256):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    train.configure_devices()
     try:
+        train.configure_devices()
         main(sys.argv[1])
     except train.UserError as error:
         sys.exit(f"lifelong.py: {error}")

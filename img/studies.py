@@ -77,7 +77,7 @@ def trained(name, n_iter, constants=None, rule=train.fire, **flags):
     device = device._replace(**(constants or {}))
     with train.hold(folder), update(rule):
         begun = (folder/"checkpoint.npz").exists()
-        run = train.load(folder) if begun else train.fresh(cfg, device)
+        run = train.load(folder) if begun else train.Run(cfg, device, train.start(cfg, device))
         if (run.cfg, run.device, run.cfg.n_iter) != (cfg, device, n_iter):
             raise train.UserError(f"{folder} holds a network of other settings: move it away")
         run = train.train(run, folder)
@@ -151,7 +151,7 @@ def bounds(key, cfg, device, meta, times):
     everywhere, eye = jnp.einsum("tli,tlj->ij", e, e)/e[..., 0].size, jnp.eye(len(w0))
     best = jnp.linalg.solve(everywhere + 1e-5*eye, trial.query.y @ e.mean(0)/e.shape[1])
     learnt = [w0 + jnp.linalg.solve(second + ridge*eye, first - second @ w0) for ridge in RIDGES]
-    return jnp.stack([train.mse(e, w, trial.query) for w in (best, *learnt)])
+    return jnp.stack([train.mse_alone(e, w, trial.query) for w in (best, *learnt)])
 
 
 def sizes(key, cfg, device, meta, times, n_steps=100):
@@ -211,7 +211,7 @@ def limits(n_iter):
         other = trained(f"no_{name.replace(' ', '_')}", n_iter, constants, **noise)
         rows.append((f"no {name}", alone, show(f"no {name}, in training too", tested(other).mse[:, 1])))
     shared = trained("shared_thr", n_iter, shared_thr=True)
-    rows.append(("one threshold for all columns", None, show("one threshold for all columns", tested(shared).mse[:, 1])))
+    rows.append(("one threshold for all synapses", None, show("one threshold for all synapses", tested(shared).mse[:, 1])))
     for share in (0.1, 0.3):
         off = tested(net, experiment=imprecise(share)).mse[:, 1]
         rows.append((f"thresholds off by {share:.0%}", show(f"thresholds off by {share:.0%}", off), None))
@@ -255,8 +255,8 @@ def main():
     parser.add_argument("study", choices=[study.__name__ for study in (bits, steps, limits, updates, cost)])
     parser.add_argument("--n_iter", type=int, default=1000, help="meta-iterations of each network (default: 1000)")
     arguments = parser.parse_args()
-    train.configure_devices()
     try:
+        train.configure_devices()
         globals()[arguments.study](arguments.n_iter)
     except train.UserError as error:
         sys.exit(f"studies.py: {error}")

@@ -10,7 +10,6 @@ os.environ["XLA_FLAGS"] = ("--xla_backend_optimization_level=0 "    # compile fa
                            "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())    # shared by workers and the runs they start
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"    # jax 0.9 reports every program from the cache on the standard error
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 

@@ -73,15 +73,16 @@ def test_delta_rule_equals_autodiff_of_the_time_steps(x64, own):
         close(closed, autodiff(w._replace(readout=readout[:, None]), u, trial.y).readout[:, 0])
 
 
-def test_query_loss_equals_the_mean_over_a_fine_grid(x64):
+@pytest.mark.parametrize("mse", [train.mse, train.mse_alone])
+def test_query_loss_equals_the_mean_over_a_fine_grid(x64, mse):
     cfg, device = configured()
     _, chip, tasks, trials = ingredients(cfg, device)
     _, e = hidden(cfg, device, chip)
     w, task, query = jax.random.normal(KEY, (cfg.n_h1,)), *jax.tree.map(lambda x: x[1], (tasks, trials.query))
     x = jnp.linspace(-5.0, 5.0, 16*2000 + 1)[:-1] + 5/16/2000    # midpoints, 2,000 a level
     y, at = train.target(task, x), network.level(cfg.dac_bits, x)
-    close(on_one(train.mse, e, w, query), jnp.mean(((e @ w)[:, at] - y)**2), 1e-6)
-    close(on_one(train.mse, e[-1:], w, query), jnp.mean(((e[-1] @ w)[at] - y)**2), 1e-6)
+    close(on_one(mse, e, w, query), jnp.mean(((e @ w)[:, at] - y)**2), 1e-6)
+    close(on_one(mse, e[-1:], w, query), jnp.mean(((e[-1] @ w)[at] - y)**2), 1e-6)
 
 
 def plainly(patch, cfg):

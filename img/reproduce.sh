@@ -1,0 +1,32 @@
+#!/bin/sh
+# Everything that README.md and img/ show, from nothing, in the order of README. Runs that exist are not repeated, so that it
+# may be stopped and started; with REPRODUCE="taskset -c 0", say, everything runs on one core.
+set -e
+cd "$(dirname "$0")/.."
+
+run() {    # run FOLDER FLAGS: train, test and draw, unless it was done before
+    folder=run/table/$1; shift
+    [ -e "$folder/results.json" ] || $REPRODUCE python train.py --run_dir "$folder" "$@"
+}
+
+for seed in 0 1 2; do
+    run pcm$seed --seed $seed
+    run perf$seed --perf --seed $seed
+    run wide$seed --n_h1 256 --tau_out 0.001 --twait 150 --max_age 100 --batch_train 128 --n_iter 3000 --seed $seed
+    run four$seed --n_inner 4 --tau_out 0.001 --twait 150 --max_age 100 --n_iter 6000 --seed $seed
+    run best$seed --n_inner 4 --n_bits 3 --n_h1 64 --tau_out 0.001 --twait 150 --max_age 100 --batch_train 128 --seed $seed
+done
+run young --max_age 100
+run history --device pcm_history
+run quiet --off_noise 0
+run slow --lr_out 0.03
+run fast_readout --tau_out 0.001
+run perf50k --n_iter 50000 --perf
+run pcm50k --n_iter 50000
+$REPRODUCE python img/lifelong.py run/table/pcm50k
+for study in limits steps updates bits cost; do $REPRODUCE python img/studies.py $study; done
+$REPRODUCE python analog.py
+$REPRODUCE python network.py
+for folder in perf50k pcm50k; do    # the figures of these two are the README's
+    $REPRODUCE python train.py --resume --run_dir run/table/$folder
+done
