@@ -94,6 +94,7 @@ class Config:
     dac_bits: int = flag(7, "BITS", "resolution of the input converter", 1, 12)
     tau_mem: float = flag(0.01, "S", "time constant of the membranes, s", 1e-4, 1)
     tau_out: float = flag(0.002, "S", "time constant of the readout, s", 1e-4, 1)
+    gain_out: float = flag(1.0, "GAIN", "what one spike adds to its trace, hence the scale of the readout", 1e-3, 1e3)
     lr_out: float = flag(0.1, "µS", "step size of Adam, µS and ln of threshold", 1e-6, 1e3)
     lr_drop: int = flag(None, "N", "iteration from which lr_out is divided by 10 (default: 60 %% of n_iter)", 0, 2**31 - 1)
     off_noise: float = flag(0.05, "SHARE", "programming error injected in meta-training, of a crossbar's largest G", 0, 1)
@@ -220,7 +221,8 @@ def decays(cfg):
 def activity(key, cfg, device, chip, t):
     """Activity of this part's input levels, from one read of the hidden crossbars at time t (s)."""
     w = network.each(lambda key, xbar: read_weights(key, device, xbar, t), key, chip)
-    return network.simulate(decays(cfg), w, part(network.level_centres(cfg.dac_bits)))
+    active = network.simulate(decays(cfg), w, part(network.level_centres(cfg.dac_bits)))
+    return active._replace(trace=cfg.gain_out*active.trace)
 
 
 def delta_rule(e, w, support, own):

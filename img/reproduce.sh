@@ -4,9 +4,11 @@
 set -e
 cd "$(dirname "$0")/.."
 
-run() {    # run FOLDER FLAGS: train, test and draw, unless it was done before
+run() {    # run NAME FLAGS: train, test and draw, or go on where it was stopped
     folder=run/table/$1; shift
-    [ -e "$folder/results.json" ] || $REPRODUCE python train.py --run_dir "$folder" "$@"
+    if [ -e "$folder/results.json" ]; then return; fi
+    if [ -e "$folder/checkpoint.npz" ]; then set -- --resume; fi
+    $REPRODUCE python train.py --run_dir "$folder" "$@"
 }
 
 for seed in 0 1 2; do

@@ -215,7 +215,7 @@ def programs(**flags):
                                   if field.name not in ("n_iter", "device")])
 def test_every_flag_changes_what_it_should_and_nothing_else(name):
     other = {"seed": 1, "n_inner": 2, "n_bits": 3, "grad_thr": 0.2, "shared_thr": True, "task_size": 9, "batch_train": 6, "n_chips": 2,
-             "batch_test": 5, "n_h0": 10, "n_h1": 11, "dac_bits": 5, "tau_mem": 0.02, "tau_out": 0.003, "lr_out": 0.2,
+             "batch_test": 5, "n_h0": 10, "n_h1": 11, "dac_bits": 5, "tau_mem": 0.02, "tau_out": 0.003, "gain_out": 0.5, "lr_out": 0.2,
              "lr_drop": 0, "off_noise": 0.2, "target_fr": 5.0, "lambda_fr": 0.1, "tread": 3.0, "tprog": 150.0,
              "twait": 5000.0, "ttest": 1e6, "max_age": 1e3}[name]
     (training, test), (training_other, test_other) = programs(), programs(**{name: other})
