@@ -14,9 +14,10 @@ run() {    # run NAME FLAGS: train, test and draw, or go on where it was stopped
 for seed in 0 1 2; do
     run pcm$seed --seed $seed
     run perf$seed --perf --seed $seed
-    run wide$seed --n_h1 256 --tau_out 0.001 --twait 150 --max_age 100 --batch_train 128 --n_iter 3000 --seed $seed
-    run four$seed --n_inner 4 --tau_out 0.001 --twait 150 --max_age 100 --n_iter 6000 --seed $seed
-    run best$seed --n_inner 4 --n_bits 3 --n_h1 64 --tau_out 0.001 --twait 150 --max_age 100 --batch_train 128 --seed $seed
+    run wide$seed --n_h1 128 --gain_out 0.5 --tau_out 0.001 --twait 150 --max_age 100 --batch_train 128 --n_iter 1500 --seed $seed
+    run four$seed --n_inner 4 --tau_out 0.001 --twait 150 --max_age 100 --seed $seed
+    run best$seed --n_inner 4 --n_bits 3 --n_h1 96 --gain_out 0.45 --tau_out 0.001 --twait 150 --max_age 100 \
+        --batch_train 128 --n_iter 1500 --seed $seed
 done
 run young --max_age 100
 run history --device pcm_history
