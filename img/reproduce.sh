@@ -1,6 +1,6 @@
 #!/bin/sh
-# Everything that README.md and img/ show, from nothing, in the order of README. Runs that exist are not repeated, so that it
-# may be stopped and started; with REPRODUCE="taskset -c 0", say, everything runs on one core.
+# The runs behind README.md's tables and all figures of img/, from nothing. Runs that exist are not repeated, so that it may be
+# stopped and started. README's had one core each: REPRODUCE="taskset -c 0" sh img/reproduce.sh
 set -e
 cd "$(dirname "$0")/.."
 
@@ -19,15 +19,10 @@ for seed in 0 1 2; do
     run best$seed --n_inner 4 --n_bits 3 --n_h1 96 --gain_out 0.45 --tau_out 0.001 --twait 150 --max_age 100 \
         --batch_train 128 --n_iter 1500 --seed $seed
 done
-run young --max_age 100
-run history --device pcm_history
-run quiet --off_noise 0
-run slow --lr_out 0.03
-run fast_readout --tau_out 0.001
 run perf50k --n_iter 50000 --perf
 run pcm50k --n_iter 50000
 $REPRODUCE python img/lifelong.py run/table/pcm50k
-for study in limits steps updates bits cost; do $REPRODUCE python img/studies.py $study; done
+for study in limits steps updates bits cost; do $REPRODUCE python img/studies.py $study --n_iter 800; done
 $REPRODUCE python analog.py
 $REPRODUCE python network.py
 for folder in perf50k pcm50k; do    # the figures of these two are the README's
