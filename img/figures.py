@@ -3,6 +3,7 @@ import io
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 TRUTH, BEFORE, AFTER, LATE = "black", "#999999", "#0072B2", "#D55E00"
 LAW, SAMPLES = TRUTH, AFTER    # a law without noise, simulated devices
@@ -179,6 +180,9 @@ def pareto(points):
         axes.errorbar(pulses, mean, half, fmt="o", ms=5, color=color)
         axes.annotate(label, (pulses, mean), (5, 5), textcoords="offset points", fontsize=9)
     axes.set(xscale="log", xlabel="pulses of an adaptation", ylabel="mean squared error", ylim=0)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.margins(x=0.15)
     axes.set_title("blue: no network that needs fewer pulses is as good", fontsize=9)
     return figure
