@@ -29,6 +29,7 @@ import sys
 import threading
 import warnings
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,6 @@ from tqdm import tqdm
 
 import analog
 import network
-from img import figures
 
 CHUNK = 200         # meta-iterations between two checkpoints and rows of metrics.csv
 TEST_CHIPS = 64     # chips tested at a time, and for a row of metrics.csv
@@ -225,11 +225,11 @@ def activity(key, cfg, device, chip, t):
     return active._replace(trace=cfg.gain_out*active.trace)
 
 
-def delta_rule(e, w, support, own):
+def delta_rule(e, w, support, moments):
     """Gradient [H1] of the support's squared error, mean over samples and steps, at the readout w [H1], from this part's
-    traces e [T, l, H1]. own: w is the task's own, so that S_l serves all tasks; otherwise S_l w does."""
+    traces e [T, l, H1]. moments: form S_l, which serves all tasks of a chip, whose w differ; otherwise S_l w alone."""
     mean = jnp.mean(e, 0)
-    if own:
+    if moments:
         by_level = jnp.swapaxes(e, 0, 1)
         s = jnp.einsum("lti,ltj->lij", by_level, by_level)/len(e)
         s = whole(jnp.concatenate([s, mean[:, None]], 1))
@@ -256,9 +256,9 @@ def fire(key, cfg, device, readout, gradient, theta, t):
     return jax.lax.scan(pulse, Step(readout, jnp.zeros_like(u)), inputs)[0]
 
 
-def adapt(chip_key, task_key, cfg, device, chip, theta, support, times):
+def adapt(chip_key, task_key, cfg, device, chip, theta, support, times, alone):
     """The n_inner steps, each from a read of all crossbars. What a chip's tasks share, that is the hidden crossbars and the
-    first read of the readout, draws from chip_key; all else from task_key."""
+    first read of the readout, draws from chip_key; all else from task_key. alone: the chip has no other task."""
     readout, steps = chip.readout, []
     for k in range(cfg.n_inner):
         chip_key, hidden_key, first_key = jax.random.split(chip_key, 3)
@@ -267,7 +267,7 @@ def adapt(chip_key, task_key, cfg, device, chip, theta, support, times):
         t_read = t_pulse if k else times.read
         e = activity(hidden_key, cfg, device, chip, t_read).trace
         w = read_weights(read_key if k else first_key, device, readout, t_read)
-        gradient = delta_rule(e, w[:, 0], support, own=k > 0)
+        gradient = delta_rule(e, w[:, 0], support, moments=k > 0 and not alone)
         steps.append(fire(pulse_key, cfg, device, readout, gradient[:, None], theta[k][:, None], t_pulse))
         readout = steps[-1].readout
     return steps
@@ -318,7 +318,8 @@ def meta_loss(meta, key, cfg, device):
     def task(key):
         trial_key, pulse_key, read_key = jax.random.split(key, 3)
         trial = draw_trial(trial_key, cfg)
-        steps = adapt(adapt_key, pulse_key, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times)
+        steps = adapt(adapt_key, pulse_key, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times,
+                      alone=False)
         w = read_weights(read_key, device, steps[-1].readout, times.query)
         return mse(active.trace, w[:, 0], trial.query), sum(step.pulses.sum() for step in steps)
 
@@ -417,7 +418,7 @@ class Episode(NamedTuple):
 def episode(key, cfg, device, meta, times):
     trial_key, chip_key, shared_key, pulse_key, hidden_key, read_key = jax.random.split(key, 6)
     trial, chip = draw_trial(trial_key, cfg), deploy(chip_key, device, meta)
-    steps = adapt(shared_key, pulse_key, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times)
+    steps = adapt(shared_key, pulse_key, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times, alone=True)
     active = activity(hidden_key, cfg, device, chip, times.query)
     readouts = [chip.readout, *(step.readout for step in steps)]
     w = [read_weights(key, device, readout, times.query)[:, 0]
@@ -430,7 +431,7 @@ def episode(key, cfg, device, meta, times):
     rows = e[:, network.level(cfg.dac_bits, trial.x)].reshape(-1, e.shape[-1])
     hessian = 2*rows.T @ rows/len(rows)
     dw_gd = 2/jnp.maximum(jnp.linalg.eigvalsh(hessian)[-1], 1e-6)*jnp.mean(jnp.abs(
-        delta_rule(e, w[0], trial.support, own=False)))
+        delta_rule(e, w[0], trial.support, moments=False)))
     curves = jnp.stack([trial.query.y, *(e.mean(0) @ w[i] for i in (0, -1))])
     errors, errors_last = (jnp.stack([mse_alone(e, w, trial.query) for w in w]) for e in (e, e[-1:]))
     return Episode(errors, errors_last, pulses.sum(), jnp.mean(pulses > 0), active.rate0/network.DT, active.rate1/network.DT,
@@ -446,7 +447,7 @@ def aging(key, cfg, device, meta, ages):
 
     def adapted(key, device, readout, times):
         return adapt(*jax.random.split(key), cfg, device, chip._replace(readout=readout), theta, trial.support,
-                     times)[-1].readout
+                     times, alone=True)[-1].readout
 
     def errors(key, readouts, t):
         hidden_key, read_key = jax.random.split(key)
@@ -768,6 +769,7 @@ def report(results):
 
 def draw(run, episodes, results):
     """Write the run's figures; their paths."""
+    from img import figures    # not before: matplotlib takes a third of a second to load
     row = dict(zip(COLUMNS, np.array(run.rows).T))    # without the thresholds
     drawn = {"meta_testing": figures.testing(network.level_centres(run.cfg.dac_bits), episodes, results),
              "drift": figures.aging(results["drift"], run.cfg.tprog),
@@ -797,7 +799,7 @@ def announce(run, folder):
 def execute(run, folder):
     """Meta-train, meta-test, report and draw."""
     announce(run, folder)
-    versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib", "numpy", "matplotlib")}
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy", "matplotlib")}
     write(folder/"config.json", json.dumps({"config": settings_of(run), "versions": versions}, indent=1).encode())
     save(run, folder)
     run = train(run, folder)
@@ -849,6 +851,11 @@ def configure_devices():
         sys.stdout = open(os.devnull, "w")
 
 
+def complain(message, status):
+    print(f"train.py: {message}", file=sys.stderr)
+    return status
+
+
 def main(argv=None):
     """Run the command line; the exit status."""
     try:
@@ -857,8 +864,11 @@ def main(argv=None):
         with lock:
             execute(run, folder)
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return error.status
+        return complain(error, error.status)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return complain("out of memory; try fewer tasks (--batch_train), chips, levels (--dac_bits) or neurons", 1)
     return 0
 
 

@@ -71,7 +71,8 @@ def training(row, yardsticks, n_chips):
     axes = figure.subplots()
     for label, level in yardsticks.items():
         axes.axhline(level, color=TRUTH, lw=1, ls=":")
-        axes.text(row["step"][-1], level*1.01, label, ha="right", va="bottom", fontsize=9)
+        axes.text(row["step"][-1], level*1.01, label, ha="right", va="bottom", fontsize=9,
+                  bbox={"fc": "white", "ec": "none", "pad": 1})
     mark = {"marker": "o", "ms": 3} if len(row["step"]) == 1 else {}    # a line of one point is none
     axes.plot(row["step"], row["test_before"], color=BEFORE, **mark, label="meta-test, before adaptation")
     axes.plot(row["step"], row["loss"], color=LATE, ls="--", **mark, label="outer loss, meta-training tasks")

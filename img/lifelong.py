@@ -38,7 +38,7 @@ def life(key, cfg, device, meta, every):
         readout = jax.lax.cond((k > 0) & (k % every == 0), lambda xbar: analog.refresh(
             refresh_key, device, xbar, times.read - 10).xbar, lambda xbar: xbar, readout)
         after = train.adapt(shared_key, pulse_key, cfg, device, chip._replace(readout=readout), theta, trial.support,
-                            times)[-1].readout
+                            times, alone=True)[-1].readout
         e = train.activity(hidden_key, cfg, device, chip, times.query).trace
         errors = [train.mse_alone(e, train.read_weights(read_key, device, xbar, times.query)[:, 0], trial.query)
                   for read_key, xbar in zip(read_keys, (readout, after))]

@@ -60,15 +60,15 @@ def close(a, b, tolerance=1e-5):
         np.testing.assert_allclose(x, y, atol=tolerance*scale, rtol=0)
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_delta_rule_equals_autodiff_of_the_time_steps(x64, own):
+@pytest.mark.parametrize("moments", [True, False])
+def test_delta_rule_equals_autodiff_of_the_time_steps(x64, moments):
     cfg, device = configured()
     _, chip, _, trials = ingredients(cfg, device)
     w, e = hidden(cfg, device, chip)
     readouts = jax.random.normal(KEY, (cfg.batch_train, cfg.n_h1))
     autodiff = jax.jit(jax.grad(lambda w, u, y: benchmark.squared_error(train.decays(cfg), w, u, y)))
     for readout, trial in zip(readouts, [jax.tree.map(lambda x: x[i], trials) for i in range(cfg.batch_train)]):
-        closed = on_one(lambda e, w, support: train.delta_rule(e, w, support, own), e, readout, trial.support)
+        closed = on_one(lambda e, w, support: train.delta_rule(e, w, support, moments), e, readout, trial.support)
         u = network.level_centres(cfg.dac_bits)[network.level(cfg.dac_bits, trial.x)]
         close(closed, autodiff(w._replace(readout=readout[:, None]), u, trial.y).readout[:, 0])
 
@@ -87,7 +87,7 @@ def test_query_loss_equals_the_mean_over_a_fine_grid(x64, mse):
 
 def plainly(patch, cfg):
     """Replace the closed forms and the custom derivative by autodiff of explicit squared errors."""
-    def delta_rule(e, w, samples, own):
+    def delta_rule(e, w, samples, moments):
         x, y = samples
         at = network.level(cfg.dac_bits, x)
         return jax.grad(lambda w: jnp.mean((e[:, at] @ w - y)**2))(w)
@@ -149,7 +149,7 @@ def test_only_the_readout_adapts_and_steps_follow_the_protocol():
     cfg, device = configured(n_inner=3, grad_thr=0.05)
     meta, chip, _, trials = ingredients(cfg, device)
     steps = on_one(lambda chip, theta, support: jax.vmap(lambda key, support: train.adapt(
-        KEY, key, cfg, device, chip, theta, support, train.Times(100.0, 101.0, 251.0)))(
+        KEY, key, cfg, device, chip, theta, support, train.Times(100.0, 101.0, 251.0), alone=False))(
             jax.random.split(KEY, cfg.batch_train), support), chip, jnp.exp(meta.log_theta), trials.support)
     for k, step in enumerate(steps):
         fired = step.pulses > 0

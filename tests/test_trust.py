@@ -118,6 +118,14 @@ def test_a_file_where_a_folder_should_be(here, capsys, in_the_way, status, words
     assert (here/"run/pcm/results.json").exists() == (in_the_way == "img")    # what was computed is kept
 
 
+def test_more_than_the_memory_holds(tmp_path):
+    limit = limited("resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))")
+    done = subprocess.run([*limit, ROOT/"train.py", *TINY, "--n_h1", "4096", "--batch_train", "1000000", "--n_iter", "1"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("train.py: out of memory; try fewer tasks")
+    assert "Traceback" not in done.stderr and train.load(tmp_path/"run/pcm").step == 0
+
+
 @pytest.fixture
 def scripts(tmp_path, monkeypatch):
     """A folder with the scripts alone, whose compiled programs are kept where a user's are."""
