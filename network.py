@@ -63,16 +63,21 @@ def _(primals, tangents):
     return spike(u), du/(1 + jnp.abs(u))**2
 
 
+row = partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
+with_row = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+
+
 def lif(decay, bias, drive):
-    """Membrane potentials and traces [T, N] of N neurons from rest, under bias [N] and drive, a tuple of [T, N]."""
-    def step(state, drive):
-        v, e = state
-        v = decay.alpha*v + sum(drive, bias) - spike(v - 1)
+    """Membrane potentials and traces [T, N] of N neurons from rest, under bias [N] and drive [T, N]; the potentials are
+    written over the drive, step by step, so that no other array has to be filled first."""
+    def step(t, state):
+        v, e, potentials, traces = state
+        v = decay.alpha*v + row(potentials, t) + bias - spike(v - 1)
         e = decay.kappa*e + spike(v - 1)
-        return (v, e), (v, e)
+        return v, e, with_row(potentials, v, t), with_row(traces, e, t)
 
     rest = jnp.zeros_like(bias)
-    return jax.lax.scan(step, (rest, rest), drive, length=N_STEPS)[1]
+    return jax.lax.fori_loop(0, N_STEPS, step, (rest, rest, drive, jnp.zeros_like(drive)))[2:]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -84,21 +89,19 @@ def lif_trace(decay, bias, drive):
 
 def _lif_forward(decay, bias, drive):
     v, e = lif(decay, bias, drive)
-    return e, (v, drive)
+    return e, v
 
 
-def _lif_backward(decay, residuals, e_bar):
-    v, drive = residuals
-
-    def step(state, inputs):
-        (lv, le, total), (v, e_bar) = state, inputs
-        le = decay.kappa*le + e_bar
-        lv = decay.alpha*lv + (le - lv)/(1 + jnp.abs(v - 1))**2
-        return (lv, le, total + lv), (lv,)*len(drive)
+def _lif_backward(decay, v, e_bar):
+    def step(k, state):
+        lv, le, total, gradient = state
+        t = N_STEPS - 1 - k
+        le = decay.kappa*le + row(gradient, t)
+        lv = decay.alpha*lv + (le - lv)/(1 + jnp.abs(row(v, t) - 1))**2
+        return lv, le, total + lv, with_row(gradient, lv, t)
 
     rest = jnp.zeros_like(v[0])
-    (_, _, bias_bar), drive_bar = jax.lax.scan(step, (rest, rest, rest), (v, e_bar), reverse=True)
-    return bias_bar, drive_bar
+    return jax.lax.fori_loop(0, N_STEPS, step, (rest, rest, rest, e_bar))[2:]    # of bias and drive
 
 
 lif_trace.defvjp(_lif_forward, _lif_backward)
@@ -120,7 +123,7 @@ def level_centres(n_bits):
 
 def mean_spikes(kappa, e):
     """Mean spikes per step behind the traces e [T, ...]: inverts e ← κ e + z."""
-    return ((1 - kappa)*jnp.mean(e) + kappa*jnp.mean(e[-1])/e.shape[0])
+    return (1 - kappa)*jnp.mean(jnp.mean(e, 0)) + kappa*jnp.mean(e[-1])/len(e)    # the mean over time is in use elsewhere
 
 
 def simulate(decay, w, u):
@@ -130,9 +133,9 @@ def simulate(decay, w, u):
     drive of layer 1 is a single product."""
     n_levels = u.shape[0]
     bias0 = jnp.stack([u, jnp.ones_like(u)], 1) @ w.hidden0
-    z0 = lif_trace(decay._replace(kappa=0.0), bias0.reshape(-1), ())
+    z0 = lif_trace(decay._replace(kappa=0.0), bias0.reshape(-1), jnp.zeros((N_STEPS, bias0.size)))
     drive = z0.reshape(N_STEPS*n_levels, -1) @ w.hidden1[:-1]
-    e = lif_trace(decay, jnp.tile(w.hidden1[-1], n_levels), (drive.reshape(N_STEPS, -1),))
+    e = lif_trace(decay, jnp.tile(w.hidden1[-1], n_levels), drive.reshape(N_STEPS, -1))
     return Activity(e.reshape(N_STEPS, n_levels, -1), mean_spikes(0.0, z0), mean_spikes(decay.kappa, e))
 
 
@@ -163,8 +166,8 @@ def presentation(device, x, n_h=40):
     chip = each(lambda key, g: analog.fabricate(key, device, g), chip_key, init(start_key, device, n_h, n_h))
     w = each(lambda key, xbar: analog.weights(device, analog.read(key, device, xbar, 100.0)), read_key, chip)
     u = level_centres(7)[level(7, x)]
-    _, z0 = lif(decay._replace(kappa=0.0), jnp.array([u, 1.0]) @ w.hidden0, ())
-    v1, e = lif(decay, w.hidden1[-1], (z0 @ w.hidden1[:-1],))
+    _, z0 = lif(decay._replace(kappa=0.0), jnp.array([u, 1.0]) @ w.hidden0, jnp.zeros((N_STEPS, n_h)))
+    v1, e = lif(decay, w.hidden1[-1], z0 @ w.hidden1[:-1])
     return u, z0, v1, spike(v1 - 1), e @ w.readout[:, 0]
 
 

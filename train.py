@@ -132,7 +132,7 @@ def draw_task(key):
 
 def target(task, x):
     """y of the task at its inputs x, of x's shape."""
-    return jnp.stack([jnp.sin(x), jnp.cos(x)], -1) @ task.coefficients
+    return task.coefficients[0]*jnp.sin(x) + task.coefficients[1]*jnp.cos(x)
 
 
 YARDSTICKS = {"predicting 0": 4.252, "best function that ignores the task": 3.006}    # E[y²], and 2.55·(2/π)·cos x
@@ -225,14 +225,20 @@ def activity(key, cfg, device, chip, t):
     return active._replace(trace=cfg.gain_out*active.trace)
 
 
+def second_moments(e):
+    """Mean of e eᵀ over the rows of e [..., n, H]: [..., H, H]. As it is symmetric, its derivative can be one product in
+    place of two equal ones."""
+    half = jnp.einsum("...ni,...nj->...ij", e, jax.lax.stop_gradient(e))/e.shape[-2]
+    moments = 2*half - jax.lax.stop_gradient(half)
+    return (moments + jnp.swapaxes(moments, -1, -2))/2
+
+
 def delta_rule(e, w, support, moments):
     """Gradient [H1] of the support's squared error, mean over samples and steps, at the readout w [H1], from this part's
     traces e [T, l, H1]. moments: form S_l, which serves all tasks of a chip, whose w differ; otherwise S_l w alone."""
     mean = jnp.mean(e, 0)
     if moments:
-        by_level = jnp.swapaxes(e, 0, 1)
-        s = jnp.einsum("lti,ltj->lij", by_level, by_level)/len(e)
-        s = whole(jnp.concatenate([s, mean[:, None]], 1))
+        s = whole(jnp.concatenate([second_moments(jnp.swapaxes(e, 0, 1)), mean[:, None]], 1))
         s, mean = s[:, :-1], s[:, -1]
         product = (support.share @ s.reshape(len(s), -1)).reshape(s.shape[1:]) @ w
     else:
@@ -277,7 +283,7 @@ def mse(e, w, query):
     """Squared error of the readout w [H1] in expectation over the inputs, mean over the steps of this part's traces
     e [T, l, H1]. What is computed of e alone serves all tasks."""
     rows, means = e.reshape(-1, e.shape[-1]), whole(jnp.mean(e, 0))
-    second = jax.lax.pmean(rows.T @ rows/len(rows), PARTS)
+    second = jax.lax.pmean(second_moments(rows), PARTS)
     return w @ (second @ w - 2/len(means)*(query.y @ means)) + query.y2
 
 
@@ -483,6 +489,7 @@ def summary(x):
 
 # ---- run folder -----------------------------------------------------------------------------------------------------
 
+STATE = [name + moment for name in (*network.Network._fields, "log_theta") for moment in ("", "_m", "_v")]    # its leaves
 COLUMNS = ("step", "loss", "rate0_hz", "rate1_hz", "pulses", "test_before", "test_mse", "test_ci95")
 
 
@@ -493,6 +500,7 @@ def write(path, data):
         return
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
@@ -523,13 +531,9 @@ def settings_of(run):
     return {**dataclasses.asdict(run.cfg), "device_constants": run.device._asdict()}
 
 
-def names_of_state():
-    return [name + moment for name in (*network.Network._fields, "log_theta") for moment in ("", "_m", "_v")]
-
-
 def save(run, folder):
     """checkpoint.npz and metrics.csv."""
-    arrays = dict(zip(names_of_state(), map(np.asarray, jax.tree.leaves(run.state))))
+    arrays = dict(zip(STATE, map(np.asarray, jax.tree.leaves(run.state))))
     arrays |= {"theta": np.exp(arrays["log_theta"]), "step": np.array(run.step), "rows": np.array(run.rows, np.float64),
                "settings": np.array(json.dumps(settings_of(run)))}
     file = io.BytesIO()
@@ -553,7 +557,7 @@ def load(folder):
         device = analog.check_device(settings.pop("device_constants"))
         cfg = Config(**settings)
         structure = jax.tree.structure(jax.eval_shape(lambda: start(cfg, device)))
-        state = jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in names_of_state()])
+        state = jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in STATE])
         return Run(cfg, device, state, int(arrays["step"]), arrays["rows"].tolist())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: nothing to resume") from None
@@ -776,10 +780,6 @@ def draw(run, episodes, results):
              **({"meta_training": figures.training(row, YARDSTICKS, TEST_CHIPS)} if row else {})}
     suffix = "" if run.cfg.device == "pcm" else f"_{run.cfg.device}"
     paths = [FIGURES/f"{name}{suffix}.png" for name in drawn]
-    try:
-        FIGURES.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {FIGURES}: {error.strerror}", 1) from None
     for path, figure in zip(paths, drawn.values()):
         write(path, figures.png(figure))
     return paths
