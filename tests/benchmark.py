@@ -168,7 +168,7 @@ def table(full):
                         JAX_ENABLE_COMPILATION_CACHE="false")
     whole = [("python train.py --n_iter 50000, whole", process(SCRIPTS/"train.py", "--n_iter", "50000")[0]/60, "min")] \
         if full else []
-    n = 20
+    n = 100    # the first few after another program find its heap and caches, and are slower
     times = alternate({
         "yardstick": yardstick(), "default": iterations(n), "inner4": iterations(n, n_inner=4),
         "tasks": iterations(n, batch_train=4096), "bits": iterations(n, dac_bits=8), "chips": iterations(n, n_chips=4),
