@@ -98,7 +98,7 @@ class Config:
     lr_out: float = flag(0.1, "µS", "step size of Adam, µS and ln of threshold", 1e-6, 1e3)
     lr_drop: int = flag(None, "N", "iteration from which lr_out is divided by 10 (default: 60 %% of n_iter)", 0, 2**31 - 1)
     off_noise: float = flag(0.05, "SHARE", "programming error injected in meta-training, of a crossbar's largest G", 0, 1)
-    target_fr: float = flag(2.0, "RATE", "target firing rate, spikes per 10 ms (2 = 200 Hz)", 0, 10)
+    target_fr: float = flag(2.0, "RATE", "target firing rate, spikes per 10 ms (2 = 200 Hz); needs lambda_fr", 0, 10)
     lambda_fr: float = flag(0.0, "WEIGHT", "weight of Σ_layers (target_fr − rate)² in the outer loss", 0, 1e38)
     tread: float = flag(100.0, "S", "time of the first read of a new task, s since deployment", 1e-3, 1e7)
     tprog: float = flag(101.0, "S", "time of its first pulse, s; each further inner step is 1 s later", 1e-3, 1e7)
@@ -754,7 +754,8 @@ def report(results):
         mean, half = (scale*np.asarray(x[key])[index] for key in ("mean", "ci95"))
         print(f"  {label:<44}{mean:9.3f} ± {half:.3f} {unit}")
 
-    print(f"{results['mse']['n']} tasks, each on its own freshly programmed chip; mean ± 95 % interval")
+    known = ", ".join(f"{error} for {what}" for what, error in YARDSTICKS.items())
+    print(f"{results['mse']['n']} tasks, each on its own freshly programmed chip; mean ± 95 % interval (MSE {known})")
     line("MSE before adaptation, all time steps", results["mse"], 0)
     for k in range(1, len(results["mse"]["mean"])):
         line(f"MSE after inner step {k}", results["mse"], k)

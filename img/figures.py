@@ -79,7 +79,7 @@ def training(row, yardsticks, n_chips):
     band(axes, row["step"], {"mean": row["test_mse"], "ci95": row["test_ci95"]}, color=AFTER, **mark,
          label=f"meta-test, after adaptation ({n_chips} chips)")
     top = 1.2*max(*yardsticks.values(), *row["test_before"])
-    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log", ylim=(None, top))
+    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log", xlim=(0, None), ylim=(None, top))
     low = axes.get_ylim()[0]
     ticks = [x for x in (m*10.0**k for k in range(-3, 4) for m in (1, 2, 3, 5)) if low <= x <= top]
     axes.set_yticks(ticks, [f"{x:g}" for x in ticks])
