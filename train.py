@@ -500,7 +500,6 @@ def write(path, data):
         return
     part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(exist_ok=True)
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
@@ -782,6 +781,10 @@ def draw(run, episodes, results):
              **({"meta_training": figures.training(row, YARDSTICKS, TEST_CHIPS)} if row else {})}
     suffix = "" if run.cfg.device == "pcm" else f"_{run.cfg.device}"
     paths = [FIGURES/f"{name}{suffix}.png" for name in drawn]
+    try:
+        FIGURES.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {FIGURES}: {error.strerror}", 1) from None
     for path, figure in zip(paths, drawn.values()):
         write(path, figures.png(figure))
     return paths

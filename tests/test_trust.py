@@ -110,7 +110,7 @@ def test_a_file_system_that_takes_no_more_loses_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("in_the_way, status, words", [("run", 2, "cannot use the run folder"),
-                                                       ("img", 1, "cannot write img/")])
+                                                       ("img", 1, "cannot make the folder img")])
 def test_a_file_where_a_folder_should_be(here, capsys, in_the_way, status, words):
     (here/in_the_way).write_text("mine")
     ended, _, err = call(capsys, "--n_iter", "0")
