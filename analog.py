@@ -155,23 +155,25 @@ def history(device, g):
     return jnp.interp(jax.lax.stop_gradient(g), *map(jnp.array, staircase(device, 64)))
 
 
-def inject(key, device, g):
-    """Add the programming error to g (µS), within the range; straight-through: the gradient ignores it."""
+def inject(error, device, g, largest):
+    """Add the programming error to g (µS), error being its normal draws [*g.shape] and largest the largest G of each device's
+    crossbar; within the range, and straight-through: the gradient ignores it."""
     r = g/device.g_max
     c0, c1, c2 = device.prog_std
-    std = device.prog_err*jnp.max(g) + c0 + c1*r + c2*r**2
-    noisy = jnp.clip(g + std*jax.random.normal(key, g.shape), device.g_min, device.g_max)
+    std = device.prog_err*largest + c0 + c1*r + c2*r**2
+    noisy = jnp.clip(g + std*error, device.g_min, device.g_max)
     return g + jax.lax.stop_gradient(noisy - g)
 
 
-def fabricate(key, device, g):
-    """A chip whose devices were programmed at t = 0 to g [2, rows, cols] in µS; each draws its ν, which it keeps."""
-    error_key, nu_key = jax.random.split(key)
-    g = inject(error_key, device, g)
+def fabricate(key, device, g, largest=None):
+    """A chip whose devices were programmed at t = 0 to g [2, rows, cols] in µS; each draws its ν, which it keeps. Where g holds
+    the devices of several crossbars, in any shape, largest [*g.shape] is the largest G in each one's own."""
+    error, spread = jax.random.normal(key, (2, *g.shape))
+    g = inject(error, device, g, jnp.max(g) if largest is None else largest)
     log_r = jax.lax.stop_gradient(jnp.log(g/device.g_max))
     mean, std = (jnp.clip(base + k*log_r, low, high) for base, (k, low, high) in
                  ((device.nu_mean, device.nu_log), (device.nu_std, device.nu_std_log)))
-    nu = jnp.maximum(mean + std*jax.random.normal(nu_key, g.shape), 0.0)
+    nu = jnp.maximum(mean + std*spread, 0.0)
     return Crossbar(g, jnp.zeros_like(g), nu, history(device, g))
 
 
@@ -222,6 +224,33 @@ def conductances(device, w):
 
 # ---- composites -----------------------------------------------------------------------------------------------------
 
+def pulse_train(key, device, xbar, masks, t):
+    """Crossbars before and after each of n SET pulses at time t (s) under masks [n, 2, rows, cols], every field
+    [n + 1, 2, rows, cols]."""
+    def pulse(xbar, inputs):
+        key, mask = inputs
+        xbar = set_pulse(key, device, xbar, mask, t)
+        return xbar, xbar
+
+    _, after = jax.lax.scan(pulse, xbar, (jax.random.split(key, len(masks)), masks))
+    return jax.tree.map(lambda first, later: jnp.concatenate([first[None], later]), xbar, after)
+
+
+class Outcome(NamedTuple):
+    """Conductances as measured after 0, 1, … n pulses: moments over the noise of pulses and read [n + 1, 2, rows, cols]."""
+    mean: jax.Array    # µS
+    var: jax.Array     # µS²
+
+
+def outcome(key, device, xbar, n_pulses, t_pulse, t, n_draws):
+    """Outcome, from n_draws draws of the noise, of a read at time t (s) after up to n_pulses SET pulses at t_pulse."""
+    pulse_key, read_key = jax.random.split(key)
+    copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (n_draws, *x.shape)), xbar)
+    states = pulse_train(pulse_key, device, copies, jnp.ones((n_pulses, *copies.g.shape)), t_pulse)
+    g = read(read_key, device, states, t)    # [n + 1, n_draws, 2, rows, cols]
+    return Outcome(g.mean(1), g.var(1))
+
+
 class Programming(NamedTuple):
     """What program-and-verify did: the crossbar, and per device [2, rows, cols] its pulses, RESETs and success."""
     xbar: Crossbar
@@ -262,16 +291,10 @@ def refresh(key, device, xbar, t):
 
 def staircase_of_samples(key, device, n, n_pulses=20):
     """G [2n, n_pulses + 1] in µS of 2n devices after RESET and each of n_pulses SET pulses."""
-    reset_key, key = jax.random.split(key)
-    ones = jnp.ones((2, n, 1))
-    start = reset(reset_key, device, fabricate(key, device, device.g_min*ones), ones > 0, 0.0)
-
-    def pulse(xbar, key):
-        xbar = set_pulse(key, device, xbar, ones, 0.0)
-        return xbar, xbar.g
-
-    _, g = jax.lax.scan(pulse, start, jax.random.split(key, n_pulses))
-    return np.concatenate([start.g[None], g]).reshape(n_pulses + 1, -1).T
+    chip_key, reset_key, pulse_key = jax.random.split(key, 3)
+    ones = jnp.ones((n_pulses, 2, n, 1))
+    start = reset(reset_key, device, fabricate(chip_key, device, device.g_min*ones[0]), ones[0] > 0, 0.0)
+    return np.reshape(pulse_train(pulse_key, device, start, ones, 0.0).g, (n_pulses + 1, -1)).T
 
 
 def panels(device, n=2000):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 import analog
 
@@ -43,8 +44,9 @@ class Decay(NamedTuple):
 
 
 class Activity(NamedTuple):
-    """What the readout and the penalty need of one presentation of each of L levels."""
+    """Of one presentation of each of L levels, after one read of all crossbars."""
     trace: jax.Array     # [T, L, H1], e
+    readout: jax.Array   # [H1], the readout's weights
     rate0: jax.Array     # spikes per step, mean over time, levels and neurons
     rate1: jax.Array
 
@@ -63,8 +65,8 @@ def _(primals, tangents):
     return spike(u), du/(1 + jnp.abs(u))**2
 
 
-row = partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
-with_row = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+row = partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False, allow_negative_indices=False)
+with_row = partial(jax.lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False)
 
 
 def lif(decay, bias, drive):
@@ -97,10 +99,10 @@ def _lif_backward(decay, v, e_bar):
         lv, le, total, gradient = state
         t = N_STEPS - 1 - k
         le = decay.kappa*le + row(gradient, t)
-        lv = decay.alpha*lv + (le - lv)/(1 + jnp.abs(row(v, t) - 1))**2
+        lv = decay.alpha*lv + row(s, t)*(le - lv)
         return lv, le, total + lv, with_row(gradient, lv, t)
 
-    rest = jnp.zeros_like(v[0])
+    rest, s = jnp.zeros_like(v[0]), 1/(1 + jnp.abs(v - 1))**2
     return jax.lax.fori_loop(0, N_STEPS, step, (rest, rest, rest, e_bar))[2:]    # of bias and drive
 
 
@@ -136,13 +138,24 @@ def simulate(decay, w, u):
     z0 = lif_trace(decay._replace(kappa=0.0), bias0.reshape(-1), jnp.zeros((N_STEPS, bias0.size)))
     drive = z0.reshape(N_STEPS*n_levels, -1) @ w.hidden1[:-1]
     e = lif_trace(decay, jnp.tile(w.hidden1[-1], n_levels), drive.reshape(N_STEPS, -1))
-    return Activity(e.reshape(N_STEPS, n_levels, -1), mean_spikes(0.0, z0), mean_spikes(decay.kappa, e))
+    rates = mean_spikes(0.0, z0), mean_spikes(decay.kappa, e)
+    return Activity(e.reshape(N_STEPS, n_levels, -1), w.readout[:, 0], *rates)
 
 
-def each(f, key, *networks):
-    """Network of f(key, crossbar, ...) with an own key for each crossbar."""
-    keys = Network(*jax.random.split(key, len(Network._fields)))
-    return Network(*map(f, keys, *networks))
+def fabricate(key, device, g):
+    """A chip, a Network of crossbars, programmed at t = 0 to g, a Network of [2, rows, cols] in µS. Here and in read all
+    devices draw from one vector: a draw for each crossbar takes the compiler a second."""
+    joined, part = ravel_pytree(g)
+    largest, _ = ravel_pytree(jax.tree.map(lambda g: jnp.full_like(g, jnp.max(g)), g))
+    fields = map(part, analog.fabricate(key, device, joined, largest))
+    return Network(*(analog.Crossbar(*crossbar) for crossbar in zip(*fields)))
+
+
+def read(key, device, chip, t):
+    """Weights, a Network of [rows, cols], from one read of all crossbars of chip at time t (s)."""
+    fields, (_, part) = zip(*chip), ravel_pytree(Network(*(xbar.g for xbar in chip)))
+    joined = analog.Crossbar(*(ravel_pytree(field)[0] for field in fields))
+    return Network(*(analog.weights(device, g) for g in part(analog.read(key, device, joined, t))))
 
 
 def init(key, device, n_h0, n_h1):
@@ -163,8 +176,8 @@ def presentation(device, x, n_h=40):
     1 [T, n_h] and ŷ [T]."""
     decay = Decay(math.exp(-DT/0.01), math.exp(-DT/0.002))
     start_key, chip_key, read_key = jax.random.split(jax.random.key(0), 3)
-    chip = each(lambda key, g: analog.fabricate(key, device, g), chip_key, init(start_key, device, n_h, n_h))
-    w = each(lambda key, xbar: analog.weights(device, analog.read(key, device, xbar, 100.0)), read_key, chip)
+    chip = fabricate(chip_key, device, init(start_key, device, n_h, n_h))
+    w = read(read_key, device, chip, 100.0)
     u = level_centres(7)[level(7, x)]
     _, z0 = lif(decay._replace(kappa=0.0), jnp.array([u, 1.0]) @ w.hidden0, jnp.zeros((N_STEPS, n_h)))
     v1, e = lif(decay, w.hidden1[-1], z0 @ w.hidden1[:-1])

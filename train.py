@@ -10,7 +10,8 @@ through reads, drift and pulses (MAML: Finn, Abbeel, Levine, ICML 2017). The tas
 
 Both loops use closed forms. With e [T, L, H1] the traces of one read of the hidden crossbars for each of L input levels,
 S_l = mean_t e eᵀ and m_l = mean_t e, a task's gradient is 2·mean_n(S_l(n) W − y_n m_l(n)) over its samples n, and its
-expected squared error over all inputs is Wᵀ mean_l(S_l) W − 2·mean_l(ȳ_l m_l)·W + E[y²].
+expected squared error over all inputs is Wᵀ mean_l(S_l) W − 2·mean_l(ȳ_l m_l)·W + E[y²]. Pulse and read noise of synapses
+are independent, so that its expectation over them is the same of W's mean, plus mean_l(S_l)'s diagonal times W's variance.
 """
 import argparse
 import contextlib
@@ -61,6 +62,7 @@ import network
 
 CHUNK = 200         # meta-iterations between two checkpoints and rows of metrics.csv
 TEST_CHIPS = 64     # chips tested at a time, and for a row of metrics.csv
+NOISE_DRAWS = 64    # draws of pulse and read noise that stand for their distribution on a chip
 FIGURES = Path("img")
 
 
@@ -124,9 +126,7 @@ class Sinusoid(NamedTuple):
 
 def draw_task(key):
     """A ~ U[0.1, 5] and φ ~ U[0, π]."""
-    amplitude_key, phase_key = jax.random.split(key)
-    amplitude = jax.random.uniform(amplitude_key, minval=0.1, maxval=5.0)
-    phase = jax.random.uniform(phase_key, minval=0.0, maxval=np.pi)
+    amplitude, phase = jnp.array([0.1, 0.0]) + jnp.array([4.9, np.pi])*jax.random.uniform(key, (2,))
     return Sinusoid(amplitude*jnp.stack([jnp.cos(phase), jnp.sin(phase)]))
 
 
@@ -192,9 +192,11 @@ class Times(NamedTuple):
 
 
 class Step(NamedTuple):
-    """State after an inner step."""
-    readout: analog.Crossbar    # [2, H1, 1]
-    pulses: jax.Array           # [2, H1, 1], pulses fired in the step
+    """An inner step: pulses that are to be fired."""
+    key: jax.Array              # of their noise
+    readout: analog.Crossbar    # [2, H1, 1], before them
+    masks: jax.Array            # [n_pulses, 2, H1, 1], 1 where the j-th is fired
+    t: float                    # s
 
 
 PARTS = "parts"    # axis of the devices that share a chip
@@ -210,8 +212,9 @@ def whole(x):
     return jax.lax.all_gather(x, PARTS, tiled=True)
 
 
-def read_weights(key, device, xbar, t):
-    return analog.weights(device, analog.read(key, device, xbar, t))
+def read_weights(key, device, readout, t):
+    """Weights [H1] in a read of the readout alone."""
+    return analog.weights(device, analog.read(key, device, readout, t))[:, 0]
 
 
 def decays(cfg):
@@ -219,8 +222,8 @@ def decays(cfg):
 
 
 def activity(key, cfg, device, chip, t):
-    """Activity of this part's input levels, from one read of the hidden crossbars at time t (s)."""
-    w = network.each(lambda key, xbar: read_weights(key, device, xbar, t), key, chip)
+    """Activity of this part's input levels, from one read of chip at time t (s)."""
+    w = network.read(key, device, chip, t)
     active = network.simulate(decays(cfg), w, part(network.level_centres(cfg.dac_bits)))
     return active._replace(trace=cfg.gain_out*active.trace)
 
@@ -247,44 +250,50 @@ def delta_rule(e, w, support, moments):
     return 2*(product - support.y @ mean)
 
 
-def fire(key, cfg, device, readout, gradient, theta, t):
-    """Step of the readout by up to 2^(n_bits−1) − 1 pulses at time t: on G+, Σ_j H(−g − jθ); on G−, Σ_j H(g − jθ), for the
-    gradient [H1, 1] and the thresholds θ [H1, 1], or [1, 1] where synapses share one."""
-    u = jnp.stack([-gradient, gradient])
+def comparators(cfg, gradient, theta):
+    """Masks [n_pulses, 2, H1, 1] of a step's up to 2^(n_bits−1) − 1 pulses: of the j-th, H(−g − jθ) on G+ and H(g − jθ) on
+    G−, for the gradient [H1] and the thresholds θ [H1], or [1] where synapses share one."""
+    j = jnp.arange(1.0, 2**(cfg.n_bits - 1))[:, None, None]
+    return network.spike(jnp.stack([-gradient, gradient]) - j*theta)[..., None]
 
-    def pulse(step, inputs):
-        key, j = inputs
-        mask = network.spike(u - j*theta)
-        return Step(analog.set_pulse(key, device, step.readout, mask, t), step.pulses + mask), None
 
-    n_pulses = 2**(cfg.n_bits - 1) - 1
-    inputs = jax.random.split(key, n_pulses), jnp.arange(1.0, n_pulses + 1)
-    return jax.lax.scan(pulse, Step(readout, jnp.zeros_like(u)), inputs)[0]
+def fire(device, step):
+    """The readout after the step."""
+    return jax.tree.map(lambda x: x[-1], analog.pulse_train(step.key, device, step.readout, step.masks, step.t))
 
 
 def adapt(chip_key, task_key, cfg, device, chip, theta, support, times, alone):
-    """The n_inner steps, each from a read of all crossbars. What a chip's tasks share, that is the hidden crossbars and the
-    first read of the readout, draws from chip_key; all else from task_key. alone: the chip has no other task."""
-    readout, steps = chip.readout, []
+    """The n_inner steps, each from a read of all crossbars; the last is still to be fired. What a chip's tasks share, that is
+    the reads of all but a pulsed readout, draws from chip_key; all else from task_key. alone: the chip has no other task."""
+    steps = []
     for k in range(cfg.n_inner):
-        chip_key, hidden_key, first_key = jax.random.split(chip_key, 3)
+        chip_key, hidden_key = jax.random.split(chip_key)
         task_key, read_key, pulse_key = jax.random.split(task_key, 3)
-        t_pulse = times.prog + k
-        t_read = t_pulse if k else times.read
-        e = activity(hidden_key, cfg, device, chip, t_read).trace
-        w = read_weights(read_key if k else first_key, device, readout, t_read)
-        gradient = delta_rule(e, w[:, 0], support, moments=k > 0 and not alone)
-        steps.append(fire(pulse_key, cfg, device, readout, gradient[:, None], theta[k][:, None], t_pulse))
-        readout = steps[-1].readout
+        t = times.prog + k
+        active = activity(hidden_key, cfg, device, chip, t if k else times.read)
+        readout = fire(device, steps[-1]) if k else chip.readout
+        w = read_weights(read_key, device, readout, t) if k else active.readout
+        gradient = delta_rule(active.trace, w, support, moments=k > 0 and not alone)
+        steps.append(Step(pulse_key, readout, comparators(cfg, gradient, theta[k]), t))
     return steps
 
 
-def mse(e, w, query):
-    """Squared error of the readout w [H1] in expectation over the inputs, mean over the steps of this part's traces
-    e [T, l, H1]. What is computed of e alone serves all tasks."""
-    rows, means = e.reshape(-1, e.shape[-1]), whole(jnp.mean(e, 0))
-    second = jax.lax.pmean(second_moments(rows), PARTS)
-    return w @ (second @ w - 2/len(means)*(query.y @ means)) + query.y2
+def expected_weights(key, cfg, device, step, t):
+    """Mean and variance [H1] of the weights in a read at time t after the last step, over the noise of its pulses and of the
+    read. Of a first step it is the chip's: NOISE_DRAWS draws from key serve all tasks. Of a later one each task has a draw."""
+    key, n_draws = (key, NOISE_DRAWS) if cfg.n_inner == 1 else (step.key, 1)
+    outcome = analog.outcome(key, device, step.readout, len(step.masks), step.t, t, n_draws)
+    g = jax.tree.map(lambda x: x[0] + (step.masks*jnp.diff(x, axis=0)).sum(0), outcome)
+    return analog.weights(device, g.mean)[:, 0], g.var.sum(0)[:, 0]/(device.g_max - device.g_min)**2
+
+
+def mse(e, w, w_var, query):
+    """Squared error in expectation over the inputs and over the noise of the readouts, whose weights have the mean w and the
+    variance w_var [N, H1]; mean over tasks and over the steps of this part's traces e [T, l, H1]."""
+    means = whole(jnp.mean(e, 0))
+    second = jax.lax.pmean(second_moments(e.reshape(-1, e.shape[-1])), PARTS)
+    return (jnp.sum(second*second_moments(w)) + jnp.diag(second) @ w_var.mean(0)
+            - 2/means.shape[0]/len(w)*jnp.sum(means*(query.y.T @ w)) + query.y2.mean())
 
 
 def mse_alone(e, w, query):
@@ -309,28 +318,23 @@ class Metrics(NamedTuple):
     pulses: jax.Array
 
 
-def deploy(key, device, meta):
-    return network.each(lambda key, g: analog.fabricate(key, device, g), key, meta.g)
-
-
 def meta_loss(meta, key, cfg, device):
     """Outer loss of one chip and this part's tasks, and its Metrics."""
-    tasks_key, chip_key, age_key, adapt_key, hidden_key = jax.random.split(key, 5)
+    tasks_key, chip_key, age_key, adapt_key, noise_key, hidden_key = jax.random.split(key, 6)
     delay = cfg.tread*((cfg.max_age/cfg.tread)**jax.random.uniform(age_key) - 1)
     times = Times(*(t + delay for t in (cfg.tread, cfg.tprog, cfg.tprog + cfg.twait)))
-    chip = deploy(chip_key, device._replace(prog_err=cfg.off_noise), meta)
+    chip = network.fabricate(chip_key, device._replace(prog_err=cfg.off_noise), meta.g)
     active = activity(hidden_key, cfg, device, chip, times.query)
 
     def task(key):
-        trial_key, pulse_key, read_key = jax.random.split(key, 3)
+        trial_key, pulse_key = jax.random.split(key)
         trial = draw_trial(trial_key, cfg)
-        steps = adapt(adapt_key, pulse_key, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times,
-                      alone=False)
-        w = read_weights(read_key, device, steps[-1].readout, times.query)
-        return mse(active.trace, w[:, 0], trial.query), sum(step.pulses.sum() for step in steps)
+        steps = adapt(adapt_key, pulse_key, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times, alone=False)
+        w, w_var = expected_weights(noise_key, cfg, device, steps[-1], times.query)
+        return w, w_var, trial.query, sum(step.masks.sum() for step in steps)
 
-    losses, pulses = jax.vmap(task)(part(jax.random.split(tasks_key, cfg.batch_train)))
-    loss, rates = losses.mean(), jax.lax.pmean((active.rate0, active.rate1), PARTS)
+    w, w_var, query, pulses = jax.vmap(task)(part(jax.random.split(tasks_key, cfg.batch_train)))
+    loss, rates = mse(active.trace, w, w_var, query), jax.lax.pmean((active.rate0, active.rate1), PARTS)
     penalty = sum((cfg.target_fr - 0.01/network.DT*rate)**2 for rate in rates)
     return loss + cfg.lambda_fr*penalty, Metrics(loss, *(rate/network.DT for rate in rates), pulses.mean())
 
@@ -423,19 +427,19 @@ class Episode(NamedTuple):
 
 def episode(key, cfg, device, meta, times):
     trial_key, chip_key, shared_key, pulse_key, hidden_key, read_key = jax.random.split(key, 6)
-    trial, chip = draw_trial(trial_key, cfg), deploy(chip_key, device, meta)
+    trial, chip = draw_trial(trial_key, cfg), network.fabricate(chip_key, device, meta.g)
     steps = adapt(shared_key, pulse_key, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times, alone=True)
     active = activity(hidden_key, cfg, device, chip, times.query)
-    readouts = [chip.readout, *(step.readout for step in steps)]
-    w = [read_weights(key, device, readout, times.query)[:, 0]
+    readouts = [*(step.readout for step in steps), fire(device, steps[-1])]
+    w = [read_weights(key, device, readout, times.query)
          for key, readout in zip(jax.random.split(read_key, len(readouts)), readouts)]
     e = active.trace
-    pulses = sum(step.pulses for step in steps)
+    pulses = sum(step.masks.sum(0) for step in steps)
     touched = jnp.sign(pulses.sum(0))
     before, after = (analog.weights(device, readout.g) for readout in (readouts[0], readouts[-1]))
     dw = jnp.sum(jnp.abs(after - before)*touched)/jnp.maximum(touched.sum(), 1.0)
     rows = e[:, network.level(cfg.dac_bits, trial.x)].reshape(-1, e.shape[-1])
-    hessian = 2*rows.T @ rows/len(rows)
+    hessian = 2*second_moments(rows)
     dw_gd = 2/jnp.maximum(jnp.linalg.eigvalsh(hessian)[-1], 1e-6)*jnp.mean(jnp.abs(
         delta_rule(e, w[0], trial.support, moments=False)))
     curves = jnp.stack([trial.query.y, *(e.mean(0) @ w[i] for i in (0, -1))])
@@ -449,16 +453,16 @@ def aging(key, cfg, device, meta, ages):
     the same task at that age with the query ttest − tprog later, and that again with pulses that act on the drifted
     conductances. The four share their noise, so that they differ by what they do alone."""
     trial_key, chip_key, once_key, again_key, *query_keys = jax.random.split(key, 6)
-    trial, chip, theta = draw_trial(trial_key, cfg), deploy(chip_key, device, meta), jnp.exp(meta.log_theta)
+    trial, chip, theta = draw_trial(trial_key, cfg), network.fabricate(chip_key, device, meta.g), jnp.exp(meta.log_theta)
 
     def adapted(key, device, readout, times):
-        return adapt(*jax.random.split(key), cfg, device, chip._replace(readout=readout), theta, trial.support,
-                     times, alone=True)[-1].readout
+        return fire(device, adapt(*jax.random.split(key), cfg, device, chip._replace(readout=readout), theta,
+                                  trial.support, times, alone=True)[-1])
 
     def errors(key, readouts, t):
         hidden_key, read_key = jax.random.split(key)
         e = activity(hidden_key, cfg, device, chip, t).trace
-        return [mse_alone(e, read_weights(read_key, device, readout, t)[:, 0], trial.query) for readout in readouts]
+        return [mse_alone(e, read_weights(read_key, device, readout, t), trial.query) for readout in readouts]
 
     once = adapted(once_key, device, chip.readout, Times(cfg.tread, cfg.tprog, cfg.ttest))
 

@@ -15,6 +15,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 import analog  # noqa: E402
+import network  # noqa: E402
 import train  # noqa: E402
 from img import figures  # noqa: E402
 
@@ -27,7 +28,7 @@ def life(key, cfg, device, meta, every):
     """Squared error before and after adaptation and share of saturated devices, [N_TASKS, 3], of one chip whose readout
     is refreshed before every `every`-th task."""
     chip_key, key = jax.random.split(key)
-    chip, theta = train.deploy(chip_key, device, meta), jnp.exp(meta.log_theta)
+    chip, theta = network.fabricate(chip_key, device, meta.g), jnp.exp(meta.log_theta)
 
     def task(readout, inputs):
         key, k = inputs
@@ -37,10 +38,10 @@ def life(key, cfg, device, meta, every):
         times = train.Times(t - (cfg.tprog - cfg.tread), t, t + cfg.ttest - cfg.tprog)
         readout = jax.lax.cond((k > 0) & (k % every == 0), lambda xbar: analog.refresh(
             refresh_key, device, xbar, times.read - 10).xbar, lambda xbar: xbar, readout)
-        after = train.adapt(shared_key, pulse_key, cfg, device, chip._replace(readout=readout), theta, trial.support,
-                            times, alone=True)[-1].readout
+        after = train.fire(device, train.adapt(shared_key, pulse_key, cfg, device, chip._replace(readout=readout), theta,
+                                               trial.support, times, alone=True)[-1])
         e = train.activity(hidden_key, cfg, device, chip, times.query).trace
-        errors = [train.mse_alone(e, train.read_weights(read_key, device, xbar, times.query)[:, 0], trial.query)
+        errors = [train.mse_alone(e, train.read_weights(read_key, device, xbar, times.query), trial.query)
                   for read_key, xbar in zip(read_keys, (readout, after))]
         return after, jnp.stack([*errors, jnp.mean(after.g > SATURATED*device.g_max)])
 

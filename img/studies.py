@@ -24,6 +24,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 import analog  # noqa: E402
+import network  # noqa: E402
 import train  # noqa: E402
 from img import figures  # noqa: E402
 
@@ -40,37 +41,44 @@ QUIET["noise or drift at all"] = {name: value for constants in QUIET.values() fo
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
-def real_valued(key, cfg, device, readout, gradient, theta, t):
-    """train.fire without quantisation: a device moves by max(∓g/θ, 0) of a pulse, noise and all."""
-    amount = jnp.maximum(jnp.stack([-gradient, gradient])/theta, 0.0)
-    moved = analog.set_pulse(key, device, readout, amount, t)
-    return train.Step(moved._replace(g=analog.clip(moved.g, device.g_min, device.g_max)), amount)
+def amounts(cfg, gradient, theta):
+    """train.comparators without quantisation: a device moves by max(∓g/θ, 0) of a pulse, noise and all."""
+    return jnp.maximum(jnp.stack([-gradient, gradient])/theta, 0.0)[None, :, :, None]
+
+
+def drawn_weights(key, cfg, device, step, t):
+    """train.expected_weights by one draw for each task: the noise of a part of a pulse has no table."""
+    pulse_key, read_key = jax.random.split(step.key)
+    w = train.read_weights(read_key, device, train.fire(device, step._replace(key=pulse_key)), t)
+    return w, jnp.zeros_like(w)
+
+
+QUANTISED, REAL = (train.comparators, train.expected_weights), (amounts, drawn_weights)
 
 
 @contextlib.contextmanager
 def update(rule):
-    """Adapt by this rule instead of train.fire; what was compiled with another is forgotten."""
-    usual = train.fire
-    if rule is usual:
-        yield
-        return
-    train.fire = rule
-    jax.clear_caches()
+    """Adapt by this rule; what was compiled with another is forgotten."""
+    def use(rule):
+        if (train.comparators, train.expected_weights) != rule:
+            train.comparators, train.expected_weights = rule
+            jax.clear_caches()
+
+    use(rule)
     try:
         yield
     finally:
-        train.fire = usual
-        jax.clear_caches()
+        use(QUANTISED)
 
 
 class Trained(NamedTuple):
     cfg: train.Config
     device: analog.Device
     meta: train.Meta
-    rule: callable
+    rule: tuple
 
 
-def trained(name, n_iter, constants=None, rule=train.fire, **flags):
+def trained(name, n_iter, constants=None, rule=QUANTISED, **flags):
     """A network of these flags, on the device with some constants replaced; trained unless its run folder has it."""
     folder = Path("run/studies")/name
     cfg, device = train.configure({**flags, "n_iter": n_iter})
@@ -111,7 +119,7 @@ def bits_networks(n_iter):
     for name in ("pcm", "perf"):
         for bits in BITS:
             yield name, str(bits), trained(f"{name}_bits{bits}", n_iter, device=name, n_bits=bits)
-        yield name, "real", trained(f"{name}_real", n_iter, device=name, rule=real_valued)
+        yield name, "real", trained(f"{name}_real", n_iter, device=name, rule=REAL)
 
 
 def steps_networks(n_iter):
@@ -125,7 +133,7 @@ def traces(key, cfg, device, meta, times):
     """A trial, the traces of a deployed chip at the query, and of its support the Hessian, the linear term and E[y²]."""
     trial_key, chip_key, hidden_key = jax.random.split(key, 3)
     trial = train.draw_trial(trial_key, cfg)
-    chip = train.deploy(chip_key, device, meta)
+    chip = network.fabricate(chip_key, device, meta.g)
     e = train.activity(hidden_key, cfg, device, chip, times.query).trace
     second = jnp.einsum("tli,tlj,l->ij", e, e, trial.support.share)/len(e)
     return trial, e, analog.weights(device, chip.readout.g)[:, 0], second, trial.support.y @ e.mean(0)
@@ -159,9 +167,9 @@ def sizes(key, cfg, device, meta, times, n_steps=100):
     largest stable rate and of Adam at 1e-3 on the same task."""
     trial_key, chip_key, *keys = jax.random.split(key, 4)
     trial, _, w0, second, first = traces(key, cfg, device, meta, times)
-    chip = train.deploy(chip_key, device, meta)
-    after = train.adapt(*keys, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times,
-                        alone=True)[-1].readout
+    chip = network.fabricate(chip_key, device, meta.g)
+    after = train.fire(device, train.adapt(*keys, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times,
+                                           alone=True)[-1])
     programmed = jnp.any(after.t_prog > 0, 0)[:, 0]
     moved = jnp.abs(analog.weights(device, after.g) - analog.weights(device, chip.readout.g))[:, 0]
     rate = 1/jnp.maximum(jnp.linalg.eigvalsh(second)[-1], 1e-6)    # 2 over the largest curvature of the squared error
@@ -216,7 +224,7 @@ def limits(n_iter):
     for share in (0.1, 0.3):
         off = tested(net, experiment=imprecise(share)).mse[:, 1]
         rows.append((f"thresholds off by {share:.0%}", show(f"thresholds off by {share:.0%}", off), None))
-    real = trained("pcm_real", n_iter, device="pcm", rule=real_valued)
+    real = trained("pcm_real", n_iter, device="pcm", rule=REAL)
     rows.append(("real-valued updates", None, show("real-valued updates, in training too", tested(real).mse[:, 1])))
     for shots in (20, 100):
         rows.append((f"{shots} samples", show(f"{shots} samples", tested(net, task_size=shots).mse[:, 1]), None))

@@ -51,21 +51,18 @@ def plain_loss(meta, key, cfg, device):
     """Outer loss with 20 query samples a task, by autodiff through the time steps of every task and sample."""
     tasks_key, chip_key, support_key, query_key = jax.random.split(key, 4)
     low, high = network.X_RANGE
-    chip = train.deploy(chip_key, device._replace(prog_err=cfg.off_noise), meta)
+    chip = network.fabricate(chip_key, device._replace(prog_err=cfg.off_noise), meta.g)
     theta, decay = jnp.exp(meta.log_theta), train.decays(cfg)
-
-    def read(key, chip, t):
-        return network.each(lambda key, xbar: train.read_weights(key, device, xbar, t), key, chip)
 
     def task(key):
         task_key, x_key, pulse_key = jax.random.split(key, 3)
         x = jax.random.uniform(x_key, (2, cfg.task_size), minval=low, maxval=high)
         y = train.target(train.draw_task(task_key), x)
         u = network.level_centres(cfg.dac_bits)[network.level(cfg.dac_bits, x)]
-        gradient = jax.grad(lambda w: squared_error(decay, w, u[0], y[0]))(read(support_key, chip, cfg.tread))
-        readout = train.fire(pulse_key, cfg, device, chip.readout, gradient.readout, theta[0][:, None], cfg.tprog).readout
-        adapted = chip._replace(readout=readout)
-        return squared_error(decay, read(query_key, adapted, cfg.tprog + cfg.twait), u[1], y[1])
+        gradient = jax.grad(lambda w: squared_error(decay, w, u[0], y[0]))(network.read(support_key, device, chip, cfg.tread))
+        masks = train.comparators(cfg, gradient.readout[:, 0], theta[0])
+        adapted = chip._replace(readout=train.fire(device, train.Step(pulse_key, chip.readout, masks, cfg.tprog)))
+        return squared_error(decay, network.read(query_key, device, adapted, cfg.tprog + cfg.twait), u[1], y[1])
 
     return jnp.mean(jax.vmap(task)(jax.random.split(tasks_key, cfg.batch_train)))
 

@@ -162,8 +162,33 @@ def test_an_unpulsed_device_passes_gradient_exactly_one():
 
 def test_injected_error_is_straight_through():
     g = jnp.linspace(0.1, 12.0, 40).reshape(2, 20, 1)
-    value, gradient = jax.value_and_grad(lambda g: analog.inject(KEY, PCM, g).sum())(g)
+    error = jax.random.normal(KEY, g.shape)
+    value, gradient = jax.value_and_grad(lambda g: analog.inject(error, PCM, g, jnp.max(g)).sum())(g)
     assert abs(value - g.sum()) > 0.1 and np.all(gradient == 1)
+
+
+def test_outcome_has_the_moments_of_pulses_and_reads():
+    quiet = PCM._replace(nu_mean=0.0, nu_std=0.0, prog_err=0.0)
+    xbar = analog.fabricate(KEY, quiet, jnp.array([[[2.0]], [[0.1]]]))    # a pair
+    read_alone = analog.outcome(KEY, quiet, xbar, 0, 5.0, 9.0, N)
+    still = quiet._replace(read_slope=0.0, read_offset=0.0)
+    pulsed = analog.outcome(KEY, still, xbar, 1, 5.0, 9.0, N)
+    for i, g in enumerate((2.0, 0.1)):
+        for outcome, state, mean, std in ((read_alone, 0, g, 0.03*g + 0.13), (pulsed, 0, g, 0.0),
+                                          (pulsed, 1, g - 0.084*g + 0.892, 0.09*g + 0.575)):
+            mean, std = clipped_moments(mean, std, 0.1, 12.0) if std else (mean, std)
+            assert abs(outcome.mean[state, i, 0, 0] - mean) < 3.5*std/math.sqrt(N) + 1e-6
+            assert abs(math.sqrt(outcome.var[state, i, 0, 0]) - std) <= 0.01*std + 1e-6
+
+
+def test_pulse_train_is_pulse_after_pulse():
+    xbar = analog.fabricate(KEY, PCM_HISTORY, 2.0*ONES[:, :50])
+    masks = jax.random.bernoulli(KEY, 0.5, (3, *xbar.g.shape)).astype(float)
+    states, one = analog.pulse_train(KEY, PCM_HISTORY, xbar, masks, 7.0), xbar
+    for i, (key, mask) in enumerate(zip(jax.random.split(KEY, 3), masks)):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-6), states, one)
+        one = analog.set_pulse(key, PCM_HISTORY, one, mask, 7.0)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[3], y, rtol=1e-5, atol=1e-6), states, one)
 
 
 def test_weights_invert_conductances():

@@ -17,21 +17,25 @@ def test_every_study_draws(here, capsys, monkeypatch):
     for name, value in (("BITS", (2,)), ("STEPS", (1, 2)), ("N_TASKS", 4), ("FOLDER", here),
                         ("QUIET", {"drift": studies.QUIET["drift"]})):
         monkeypatch.setattr(studies, name, value)
-    usual = train.fire
+    usual = train.comparators, train.expected_weights
     for study in (studies.bits, studies.steps, studies.limits, studies.updates, studies.cost):
         study(2)
         assert matplotlib.image.imread(here/f"{study.__name__}.png")[..., :3].std() > 0.02
     out = capsys.readouterr().out
-    assert "nan" not in out and train.fire is usual and train.load(here/"run/studies/pcm_real").step == 2
+    assert "nan" not in out and (train.comparators, train.expected_weights) == usual and train.load(here/"run/studies/pcm_real").step == 2
 
 
 def test_real_valued_updates_are_what_pulses_round(x64):
     device = analog.PERF
     readout = analog.fabricate(KEY, device, train.jnp.full((2, 3, 1), 3.0))
-    gradient = train.jnp.array([[-0.4], [0.0], [2.5]])
-    step = studies.real_valued(KEY, None, device, readout, gradient, 1.0, 101.0)
-    np.testing.assert_allclose(step.readout.g[..., 0] - 3.0, 0.75*np.array([[0.4, 0, 0], [0, 0, 2.5]]))
-    assert np.array_equal(step.readout.t_prog > 0, step.pulses > 0)
+    amounts = studies.amounts(None, train.jnp.array([-0.4, 0.0, 2.5]), 1.0)
+    step = train.Step(KEY, readout, amounts, 101.0)
+    after = train.fire(device, step)
+    np.testing.assert_allclose(after.g[..., 0] - 3.0, 0.75*np.array([[0.4, 0, 0], [0, 0, 2.5]]))
+    assert np.array_equal(after.t_prog > 0, amounts[0] > 0)
+    w, w_var = studies.drawn_weights(None, None, device, step, 151.0)
+    np.testing.assert_allclose(w, analog.weights(device, after.g)[:, 0])
+    assert np.all(w_var == 0)
 
 
 def test_no_readout_beats_the_best_one(here):

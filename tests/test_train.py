@@ -38,7 +38,7 @@ def ingredients(cfg, device):
         meta = meta._replace(g=meta.g._replace(readout=meta.g.readout + jax.random.uniform(KEY, meta.g.readout.shape)))
         keys = jax.random.split(KEY, cfg.batch_train)
         tasks = jax.vmap(lambda key: train.draw_task(jax.random.split(key)[0]))(keys)
-        return meta, train.deploy(KEY, device, meta), tasks, jax.vmap(lambda key: train.draw_trial(key, cfg))(keys)
+        return meta, network.fabricate(KEY, device, meta.g), tasks, jax.vmap(lambda key: train.draw_trial(key, cfg))(keys)
 
     return make()
 
@@ -46,7 +46,7 @@ def ingredients(cfg, device):
 def hidden(cfg, device, chip):
     """Weights and traces of one read at 100 s."""
     def read(chip):
-        w = network.each(lambda key, xbar: train.read_weights(key, device, xbar, 100.0), KEY, chip)
+        w = network.read(KEY, device, chip, 100.0)
         return w, network.simulate(train.decays(cfg), w, network.level_centres(cfg.dac_bits)).trace
 
     return jax.jit(read)(chip)
@@ -73,7 +73,12 @@ def test_delta_rule_equals_autodiff_of_the_time_steps(x64, moments):
         close(closed, autodiff(w._replace(readout=readout[:, None]), u, trial.y).readout[:, 0])
 
 
-@pytest.mark.parametrize("mse", [train.mse, train.mse_alone])
+def mse_of_one(e, w, query):
+    """train.mse of one task whose readout has no noise."""
+    return train.mse(e, w[None], 0*w[None], jax.tree.map(lambda x: x[None], query))
+
+
+@pytest.mark.parametrize("mse", [mse_of_one, train.mse_alone])
 def test_query_loss_equals_the_mean_over_a_fine_grid(x64, mse):
     cfg, device = configured()
     _, chip, tasks, trials = ingredients(cfg, device)
@@ -85,6 +90,34 @@ def test_query_loss_equals_the_mean_over_a_fine_grid(x64, mse):
     close(on_one(mse, e[-1:], w, query), jnp.mean(((e[-1] @ w)[at] - y)**2), 1e-6)
 
 
+@pytest.mark.parametrize("flags", [{}, {"n_bits": 3}, {"n_inner": 2}, {"device": "pcm_history", "n_bits": 4}], ids=str)
+def test_expected_loss_equals_the_mean_over_fired_and_read_readouts(flags, monkeypatch):
+    """One task's last step, fired and read n times over, within 4 standard errors; both sides are samples."""
+    cfg, device = configured(grad_thr=0.3, **flags)
+    _, chip, _, trials = ingredients(cfg, device)
+    _, e = hidden(cfg, device, chip)
+    query, n = jax.tree.map(lambda x: x[1], trials.query), 4000
+    monkeypatch.setattr(train, "NOISE_DRAWS", n)
+    masks = train.comparators(cfg, jnp.linspace(-1.0, 1.0, cfg.n_h1), jnp.full(1, 0.3))
+    assert 0 < masks.sum() < masks.size/2
+
+    def step(key):
+        return train.Step(key, chip.readout, masks, 101.0)
+
+    def drawn(key):
+        pulse_key, read_key = jax.random.split(key)
+        return train.mse_alone(e, train.read_weights(read_key, device, train.fire(device, step(pulse_key)), 151.0), query)
+
+    def expected(key):
+        w, w_var = train.expected_weights(key, cfg, device, step(key), 151.0)
+        return train.mse(e, w[None], w_var[None], jax.tree.map(lambda x: x[None], query))
+
+    keys = jax.random.split(KEY, 2*n).reshape(2, n)
+    losses, closed = on_one(lambda keys: (jax.vmap(drawn)(keys[0]), jax.vmap(expected)(keys[1][:n if "n_inner" in flags else 20])), keys)
+    error = 4*(np.var(losses)/n*(2 if "n_inner" in flags else 1.1))**0.5
+    assert np.var(losses) > 0 and abs(np.mean(losses) - np.mean(closed)) < error
+
+
 def plainly(patch, cfg):
     """Replace the closed forms and the custom derivative by autodiff of explicit squared errors."""
     def delta_rule(e, w, samples, moments):
@@ -92,10 +125,14 @@ def plainly(patch, cfg):
         at = network.level(cfg.dac_bits, x)
         return jax.grad(lambda w: jnp.mean((e[:, at] @ w - y)**2))(w)
 
-    def mse(e, w, task):
+    def mse_of_one(e, w, w_var, task):
         node, weight = np.polynomial.legendre.leggauss(12)
         x = network.level_centres(cfg.dac_bits) + node[:, None]*10/2**(cfg.dac_bits + 1)
-        return jnp.array(weight)/2 @ jnp.mean(((e @ w)[:, None] - train.target(task, jnp.array(x)))**2, (0, 2))
+        noise = jnp.mean(e**2 @ w_var)    # its square, of weights that vary independently
+        return noise + jnp.array(weight)/2 @ jnp.mean(((e @ w)[:, None] - train.target(task, jnp.array(x)))**2, (0, 2))
+
+    def mse(e, *tasks):
+        return jax.vmap(lambda *task: mse_of_one(e, *task))(*tasks).mean()
 
     patch.setattr(train, "by_level", lambda cfg, x, y: (x, y))
     patch.setattr(train, "query_targets", lambda cfg, task: task)
@@ -135,29 +172,33 @@ def test_meta_gradient_equals_finite_differences_where_smooth(x64, n_inner):
 
 def test_fired_pulses_follow_the_comparator():
     cfg, device = configured(n_bits=3, device="perf")
-    g = jnp.array([[-5.0, -2.5, -1.0], [1.5, 0.2, 7.0]])
-    readout = analog.fabricate(KEY, device, jnp.full((2, 2, 3), 1.0))
-    step = train.fire(KEY, cfg, device, readout, g, jnp.array(1.0), 101.0)
-    np.testing.assert_array_equal(step.pulses, [[[3, 2, 0], [0, 0, 0]], [[0, 0, 0], [1, 0, 3]]])
-    step = train.fire(KEY, cfg, device, readout, g, jnp.array([[0.5], [4.0]]), 101.0)    # a threshold for each column
-    np.testing.assert_array_equal(step.pulses, [[[3, 3, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 1]]])
-    np.testing.assert_allclose(step.readout.g, 1 + 0.75*step.pulses, rtol=1e-6)
-    assert np.array_equal(step.readout.t_prog > 0, step.pulses > 0)
+    g = jnp.array([-5.0, -2.5, -1.0, 1.5, 0.2, 7.0])
+    readout = analog.fabricate(KEY, device, jnp.full((2, 6, 1), 1.0))
+    for thresholds, plus, minus in (([1.0], [3, 2, 0, 0, 0, 0], [0, 0, 0, 1, 0, 3]),
+                                    ([0.5, 0.5, 0.5, 4.0, 4.0, 4.0], [3, 3, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1])):
+        masks = train.comparators(cfg, g, jnp.array(thresholds))
+        pulses = masks.sum(0)
+        np.testing.assert_array_equal(pulses[..., 0], [plus, minus])
+        after = train.fire(device, train.Step(KEY, readout, masks, 101.0))
+        np.testing.assert_allclose(after.g, 1 + 0.75*pulses, rtol=1e-6)
+        assert np.array_equal(after.t_prog > 0, pulses > 0)
 
 
 def test_only_the_readout_adapts_and_steps_follow_the_protocol():
     cfg, device = configured(n_inner=3, grad_thr=0.05)
     meta, chip, _, trials = ingredients(cfg, device)
-    steps = on_one(lambda chip, theta, support: jax.vmap(lambda key, support: train.adapt(
-        KEY, key, cfg, device, chip, theta, support, train.Times(100.0, 101.0, 251.0), alone=False))(
-            jax.random.split(KEY, cfg.batch_train), support), chip, jnp.exp(meta.log_theta), trials.support)
-    for k, step in enumerate(steps):
-        fired = step.pulses > 0
-        assert fired.any() and np.all(step.readout.t_prog[fired] == 101.0 + k)
-    untouched = sum(step.pulses for step in steps) == 0
+    def fired(key, chip, theta, support):
+        steps = train.adapt(KEY, key, cfg, device, chip, theta, support, train.Times(100.0, 101.0, 251.0), alone=False)
+        return [(step.masks.sum(0), train.fire(device, step)) for step in steps]
+
+    steps = on_one(lambda chip, theta, support: jax.vmap(fired, (0, None, None, 0))(
+        jax.random.split(KEY, cfg.batch_train), chip, theta, support), chip, jnp.exp(meta.log_theta), trials.support)
+    for k, (pulses, readout) in enumerate(steps):
+        assert np.any(pulses > 0) and np.all(readout.t_prog[pulses > 0] == 101.0 + k)
+    untouched = sum(pulses for pulses, _ in steps) == 0
     start = np.broadcast_to(chip.readout.g, untouched.shape)
-    assert np.array_equal(steps[-1].readout.g[untouched], start[untouched])
-    assert not np.any(np.all(steps[0].pulses > 0, 1))    # never both devices of a pair at once
+    assert np.array_equal(steps[-1][1].g[untouched], start[untouched])
+    assert not np.any(np.all(steps[0][0] > 0, 1))    # never both devices of a pair at once
 
 
 def test_a_sum_over_levels_keeps_every_sample():
