@@ -53,16 +53,19 @@ def plain_loss(meta, key, cfg, device):
     low, high = network.X_RANGE
     chip = network.fabricate(chip_key, device._replace(prog_err=cfg.off_noise), meta.g)
     theta, decay = jnp.exp(meta.log_theta), train.decays(cfg)
+    before, after = (network.read(key, device, chip, t) for key, t in ((support_key, cfg.tread),
+                                                                       (query_key, cfg.tprog + cfg.twait)))
 
     def task(key):
-        task_key, x_key, pulse_key = jax.random.split(key, 3)
+        task_key, x_key, pulse_key, read_key = jax.random.split(key, 4)
         x = jax.random.uniform(x_key, (2, cfg.task_size), minval=low, maxval=high)
         y = train.target(train.draw_task(task_key), x)
         u = network.level_centres(cfg.dac_bits)[network.level(cfg.dac_bits, x)]
-        gradient = jax.grad(lambda w: squared_error(decay, w, u[0], y[0]))(network.read(support_key, device, chip, cfg.tread))
+        gradient = jax.grad(lambda w: squared_error(decay, w, u[0], y[0]))(before)
         masks = train.comparators(cfg, gradient.readout[:, 0], theta[0])
-        adapted = chip._replace(readout=train.fire(device, train.Step(pulse_key, chip.readout, masks, cfg.tprog)))
-        return squared_error(decay, network.read(query_key, device, adapted, cfg.tprog + cfg.twait), u[1], y[1])
+        readout = train.fire(device, train.Step(pulse_key, chip.readout, masks, cfg.tprog))
+        w = train.read_weights(read_key, device, readout, cfg.tprog + cfg.twait)
+        return squared_error(decay, after._replace(readout=w[:, None]), u[1], y[1])
 
     return jnp.mean(jax.vmap(task)(jax.random.split(tasks_key, cfg.batch_train)))
 
