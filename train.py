@@ -138,12 +138,6 @@ def target(task, x):
 YARDSTICKS = {"predicting 0": 4.252, "best function that ignores the task": 3.006}    # E[y²], and 2.55·(2/π)·cos x
 
 
-class Support(NamedTuple):
-    """A task's samples, added up by input level."""
-    share: jax.Array    # [L], share of the samples at the level
-    y: jax.Array        # [L], sum of their targets over the number of samples
-
-
 class Query(NamedTuple):
     """A task's targets over the whole input range."""
     y: jax.Array        # [L], mean target over the level's cell
@@ -154,14 +148,14 @@ class Trial(NamedTuple):
     """A task to be learned: its samples [task_size], as the chip sees them, and what is asked of it then."""
     x: jax.Array
     y: jax.Array
-    support: Support
+    support: jax.Array    # [L, 2], the samples by input level: their share, and their targets' sum over their number
     query: Query
 
 
 def by_level(cfg, x, y):
     """Support of the samples x, y [N]."""
-    at, empty = network.level(cfg.dac_bits, x), jnp.zeros(2**cfg.dac_bits)
-    return Support(empty.at[at].add(1/len(x)), empty.at[at].add(y/len(x)))
+    empty = jnp.zeros((2**cfg.dac_bits, 2))
+    return empty.at[network.level(cfg.dac_bits, x)].add(jnp.stack([jnp.ones_like(y), y], 1)/len(x))
 
 
 def query_targets(cfg, task):
@@ -243,11 +237,10 @@ def delta_rule(e, w, support, moments):
     if moments:
         s = whole(jnp.concatenate([second_moments(jnp.swapaxes(e, 0, 1)), mean[:, None]], 1))
         s, mean = s[:, :-1], s[:, -1]
-        product = (support.share @ s.reshape(len(s), -1)).reshape(s.shape[1:]) @ w
-    else:
-        s_w, mean = jnp.split(whole(jnp.concatenate([jnp.mean((e @ w)[..., None]*e, 0), mean], 1)), 2, 1)
-        product = support.share @ s_w
-    return 2*(product - support.y @ mean)
+        product = (support[:, 0] @ s.reshape(len(s), -1)).reshape(s.shape[1:]) @ w
+        return 2*(product - support[:, 1] @ mean)
+    table = whole(jnp.stack([jnp.mean((e @ w)[..., None]*e, 0), -mean], 1))
+    return 2*jnp.einsum("lk,lkh->h", support, table)
 
 
 def comparators(cfg, gradient, theta):
@@ -293,7 +286,7 @@ def mse(e, w, w_var, query):
     means = whole(jnp.mean(e, 0))
     second = jax.lax.pmean(second_moments(e.reshape(-1, e.shape[-1])), PARTS)
     return (jnp.sum(second*second_moments(w)) + jnp.diag(second) @ w_var.mean(0)
-            - 2/means.shape[0]/len(w)*jnp.sum(means*(query.y.T @ w)) + query.y2.mean())
+            - 2/means.shape[0]/len(w)*jnp.sum(means.T*(w.T @ query.y)) + query.y2.mean())
 
 
 def mse_alone(e, w, query):
@@ -331,12 +324,12 @@ def meta_loss(meta, key, cfg, device):
         trial = draw_trial(trial_key, cfg)
         steps = adapt(adapt_key, pulse_key, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times, alone=False)
         w, w_var = expected_weights(noise_key, cfg, device, steps[-1], times.query)
-        return w, w_var, trial.query, sum(step.masks.sum() for step in steps)
+        return w, w_var, trial.query, sum(step.masks.sum(0) for step in steps)
 
     w, w_var, query, pulses = jax.vmap(task)(part(jax.random.split(tasks_key, cfg.batch_train)))
     loss, rates = mse(active.trace, w, w_var, query), jax.lax.pmean((active.rate0, active.rate1), PARTS)
     penalty = sum((cfg.target_fr - 0.01/network.DT*rate)**2 for rate in rates)
-    return loss + cfg.lambda_fr*penalty, Metrics(loss, *(rate/network.DT for rate in rates), pulses.mean())
+    return loss + cfg.lambda_fr*penalty, Metrics(loss, *(rate/network.DT for rate in rates), pulses.mean(0).sum())
 
 
 def optimizer(cfg):

@@ -135,8 +135,9 @@ def traces(key, cfg, device, meta, times):
     trial = train.draw_trial(trial_key, cfg)
     chip = network.fabricate(chip_key, device, meta.g)
     e = train.activity(hidden_key, cfg, device, chip, times.query).trace
-    second = jnp.einsum("tli,tlj,l->ij", e, e, trial.support.share)/len(e)
-    return trial, e, analog.weights(device, chip.readout.g)[:, 0], second, trial.support.y @ e.mean(0)
+    share, y = trial.support.T
+    second = jnp.einsum("tli,tlj,l->ij", e, e, share)/len(e)
+    return trial, e, analog.weights(device, chip.readout.g)[:, 0], second, y @ e.mean(0)
 
 
 def imprecise(error):

@@ -204,8 +204,9 @@ def test_only_the_readout_adapts_and_steps_follow_the_protocol():
 def test_a_sum_over_levels_keeps_every_sample():
     cfg, _ = configured(task_size=50)
     trial = train.draw_trial(KEY, cfg)
-    np.testing.assert_allclose(trial.support.share.sum(), 1, rtol=1e-5)
-    np.testing.assert_allclose(trial.support.y.sum(), trial.y.mean(), atol=1e-5)
+    share, y = trial.support.T
+    np.testing.assert_allclose(share.sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(y.sum(), trial.y.mean(), atol=1e-5)
 
 
 def test_task_distribution():
