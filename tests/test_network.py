@@ -102,3 +102,38 @@ def test_reading_modules_changes_nothing():
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import analog, network, train; "
             "assert 'matplotlib.pyplot' not in sys.modules; import jax; assert not jax.config.jax_enable_x64")
     subprocess.run([sys.executable, "-c", code, str(network.__file__).rsplit("/", 1)[0]], check=True)
+
+
+def crossbars(*levels, shape=(2, 50, 40)):
+    """A Network of crossbars each of one conductance, in µS."""
+    return network.Network(*(jnp.full(shape, level) for level in levels))
+
+
+def test_each_crossbar_is_programmed_with_errors_of_its_own():
+    """The std of 4,000 devices within 5 standard errors of 5 % of their own crossbar's G; no two crossbars' correlate."""
+    chip = network.fabricate(KEY, analog.PCM, crossbars(1.0, 8.0, 3.0))
+    errors = [np.ravel(xbar.g - level) for xbar, level in zip(chip, (1.0, 8.0, 3.0))]
+    spreads = [np.ravel(xbar.nu - analog.PCM.nu_mean) for xbar in chip]
+    n = errors[0].size
+    np.testing.assert_allclose([x.std() for x in errors], [0.05, 0.4, 0.15], rtol=5/(2*n)**0.5)
+    np.testing.assert_allclose([x.std() for x in spreads], analog.PCM.nu_std, rtol=5/(2*n)**0.5)
+    correlation = np.corrcoef([*errors, *spreads])
+    assert np.abs(correlation - np.eye(6)).max() < 5/n**0.5
+
+
+def test_each_crossbar_is_read_with_noise_of_its_own():
+    still = analog.PCM._replace(prog_err=0.0, nu_mean=0.0, nu_std=0.0)
+    chip = network.fabricate(KEY, still, crossbars(2.0, 8.0, 4.0))
+    noise = [np.ravel(w) for w in network.read(KEY, still, chip, 100.0)]    # of pairs of equal devices
+    n, std = noise[0].size, still.read_slope*np.array([2.0, 8.0, 4.0]) + still.read_offset
+    np.testing.assert_allclose([x.std() for x in noise], 2**0.5*std/(still.g_max - still.g_min), rtol=5/(2*n)**0.5)
+    assert np.abs(np.corrcoef(noise) - np.eye(3)).max() < 5/n**0.5
+
+
+def test_devices_of_a_chip_stay_in_their_places():
+    g = network.init(KEY, analog.PERF, 7, 6)
+    chip = network.fabricate(KEY, analog.PERF, g)
+    for xbar, target, w in zip(chip, g, network.read(KEY, analog.PERF, chip, 100.0)):
+        np.testing.assert_allclose(xbar.g, target, rtol=1e-6)
+        np.testing.assert_allclose(w, analog.weights(analog.PERF, target), atol=1e-6)
+        assert all(field.shape == target.shape for field in xbar) and not np.any(xbar.t_prog)
