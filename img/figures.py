@@ -104,7 +104,7 @@ def testing(x, episodes, results):
                         ylabel="y, mean over time" if panel in "AC" else None)
     figure.legend(*axes["A"].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9, frameon=False)
     steps = range(len(results["mse"]["mean"]))
-    for name, color, style, label in (("mse", AFTER, "-", "all time steps"), ("mse_last", LATE, "--", "last time step")):
+    for name, color, style, label in (("mse", AFTER, "-", "all time steps"), ("mse_last", TRUTH, ":", "last time step")):
         band(axes["E"], steps, results[name], color=color, ls=style, marker="o", label=label)
     axes["E"].set(xlabel="inner steps", ylabel="mean squared error", xticks=steps, ylim=0)
     axes["E"].set_title(f"{results['mse']['n']} tasks, a chip each; 95 % band", fontsize=9)
@@ -176,10 +176,11 @@ def pareto(points):
     axes = figure.subplots()
     best = np.inf
     for label, pulses, mean, half in sorted(points, key=lambda point: point[1]):
-        color = AFTER if mean < best else BEFORE    # nothing cheaper is as good, or something is
+        front = mean < best    # nothing cheaper is as good: its label finds room below and left
         best = min(best, mean)
-        axes.errorbar(pulses, mean, half, fmt="o", ms=5, color=color)
-        axes.annotate(label, (pulses, mean), (5, 5), textcoords="offset points", fontsize=9)
+        axes.errorbar(pulses, mean, half, fmt="o", ms=5, color=AFTER if front else BEFORE)
+        axes.annotate(label, (pulses, mean), (-5, -12) if front else (5, 5), ha="right" if front else "left",
+                      textcoords="offset points", fontsize=9)
     axes.set(xscale="log", xlabel="pulses of an adaptation", ylabel="mean squared error", ylim=0)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")

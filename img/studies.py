@@ -7,7 +7,7 @@ steps     error against inner steps 0 to 8 of networks trained for 1, 2, 4 and 8
 limits    one non-ideality off at a time, in the test and in training too; the comparators' thresholds; bounds of any
           rule for the readout
 updates   |ΔW| of a programmed synapse against gradient descent and Adam on the same task
-cost      error against pulses of an adaptation, of the networks of bits and steps
+cost      error against pulses of an adaptation, of the networks of bits (one step) and of several steps (2 bits)
 """
 import argparse
 import contextlib
@@ -53,15 +53,24 @@ def drawn_weights(key, cfg, device, step, t):
     return w, jnp.zeros_like(w)
 
 
-QUANTISED, REAL = (train.comparators, train.expected_weights), (amounts, drawn_weights)
+QUANTISED = train.comparators, train.fire, train.expected_weights
+
+
+def saturating(device, step):
+    """train.fire within the device's range, which a part of a pulse, or several at once, may leave."""
+    readout = QUANTISED[1](device, step)
+    return readout._replace(g=analog.clip(readout.g, device.g_min, device.g_max))
+
+
+REAL = amounts, saturating, drawn_weights
 
 
 @contextlib.contextmanager
 def update(rule):
     """Adapt by this rule; what was compiled with another is forgotten."""
     def use(rule):
-        if (train.comparators, train.expected_weights) != rule:
-            train.comparators, train.expected_weights = rule
+        if (train.comparators, train.fire, train.expected_weights) != rule:
+            train.comparators, train.fire, train.expected_weights = rule
             jax.clear_caches()
 
     use(rule)
@@ -143,7 +152,7 @@ def traces(key, cfg, device, meta, times):
 def imprecise(error):
     """train.episode on a chip each of whose thresholds is off by a factor exp(N(0, error²))."""
     def episode(key, cfg, device, meta, times):
-        theta_key, key = jax.random.split(key)
+        *_, theta_key = jax.random.split(key, 7)    # beside the six of train.episode, whose tasks and chips stay the same
         off = error*jax.random.normal(theta_key, meta.log_theta.shape)
         return train.episode(key, cfg, device, meta._replace(log_theta=meta.log_theta + off), times)
 
@@ -227,8 +236,8 @@ def limits(n_iter):
         rows.append((f"thresholds off by {share:.0%}", show(f"thresholds off by {share:.0%}", off), None))
     real = trained("pcm_real", n_iter, device="pcm", rule=REAL)
     rows.append(("real-valued updates", None, show("real-valued updates, in training too", tested(real).mse[:, 1])))
+    rows.append(("100 samples, not 20", show("100 samples, not 20", tested(net, task_size=100).mse[:, 1]), None))
     for shots in (20, 100):
-        rows.append((f"{shots} samples", show(f"{shots} samples", tested(net, task_size=shots).mse[:, 1]), None))
         errors = tested(net, experiment=bounds, task_size=shots)
         ridge = 1 + int(np.argmin(errors[:, 1:].mean(0)))
         rows.append((f"ridge regression, {shots} samples",
@@ -252,7 +261,7 @@ def cost(n_iter):
     points = []
     for label, net in [*((f"{bits} bits", net) for name, bits, net in bits_networks(n_iter)
                          if name == "pcm" and bits != "real"),
-                       *((f"{n} step{'s'*(n > 1)}", net) for n, net in steps_networks(n_iter))]:
+                       *((f"{n} steps", net) for n, net in steps_networks(n_iter) if n > 1)]:
         episodes = tested(net)
         pulses = show(f"{label}, pulses of an adaptation", episodes.pulses)[0]
         show(f"{label}, readout devices touched (%)", 100*episodes.touched)
