@@ -179,12 +179,12 @@ def pareto(points):
         front = mean < best    # nothing cheaper is as good: its label finds room below and left
         best = min(best, mean)
         axes.errorbar(pulses, mean, half, fmt="o", ms=5, color=AFTER if front else BEFORE)
-        axes.annotate(label, (pulses, mean), (-5, -12) if front else (5, 5), ha="right" if front else "left",
-                      textcoords="offset points", fontsize=9)
+        at, ha = ((-5, -12), "right") if front else ((0, 20), "center")
+        axes.annotate(label, (pulses, mean), at, ha=ha, textcoords="offset points", fontsize=9)
+    axes.margins(0.15)
     axes.set(xscale="log", xlabel="pulses of an adaptation", ylabel="mean squared error", ylim=0)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.margins(x=0.15)
     axes.set_title("blue: no network that needs fewer pulses is as good", fontsize=9)
     return figure
