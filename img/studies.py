@@ -53,15 +53,13 @@ def drawn_weights(key, cfg, device, step, t):
     return w, jnp.zeros_like(w)
 
 
-QUANTISED = train.comparators, train.fire, train.expected_weights
-
-
-def saturating(device, step):
+def saturating(device, step, fire=train.fire):
     """train.fire within the device's range, which a part of a pulse, or several at once, may leave."""
-    readout = QUANTISED[1](device, step)
+    readout = fire(device, step)
     return readout._replace(g=analog.clip(readout.g, device.g_min, device.g_max))
 
 
+QUANTISED = train.comparators, train.fire, train.expected_weights
 REAL = amounts, saturating, drawn_weights
 
 

@@ -104,9 +104,9 @@ def test_reading_modules_changes_nothing():
     subprocess.run([sys.executable, "-c", code, str(network.__file__).rsplit("/", 1)[0]], check=True)
 
 
-def crossbars(*levels, shape=(2, 50, 40)):
-    """A Network of crossbars each of one conductance, in µS."""
-    return network.Network(*(jnp.full(shape, level) for level in levels))
+def crossbars(*levels):
+    """A Network of crossbars of 4,000 devices, each of one conductance, in µS."""
+    return network.Network(*(jnp.full((2, 50, 40), level) for level in levels))
 
 
 def test_each_crossbar_is_programmed_with_errors_of_its_own():
