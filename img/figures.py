@@ -1,15 +1,32 @@
-"""The figures, from plain arrays: one colour a quantity, told apart in grey, bands of 95 % where a mean is shown."""
+"""The figures, from plain arrays: one colour a quantity, told apart in grey, and nothing of the user's settings."""
+
 import io
 
+import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
-TRUTH, BEFORE, AFTER, LATE = "black", "#999999", "#0072B2", "#D55E00"
-LAW, SAMPLES = TRUTH, AFTER    # a law without noise, simulated devices
-FOUR = (AFTER, "-"), (LATE, "--"), ("#009E73", "-."), (TRUTH, ":")    # four lines of one kind
+TRUTH, BEFORE, AFTER, LATE, OTHER = "black", "#999999", "#0072B2", "#D55E00", "#009E73"
+STYLES = (  # of the lines of one figure, in their order
+    {"color": AFTER, "ls": "-", "marker": "o"},
+    {"color": LATE, "ls": "--", "marker": "s"},
+    {"color": OTHER, "ls": "-.", "marker": "^"},
+    {"color": TRUTH, "ls": ":", "marker": "D"},
+    {"color": BEFORE, "ls": (0, (1, 1)), "marker": "v"},
+)
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.usetex": False,
+}
+LEAST = 1e-4  # the lowest error that a logarithmic axis shows
+
+plain = matplotlib.style.context(["default", STYLE])  # decorates what makes or saves a figure
 
 
+@plain
 def png(figure):
     """The figure's file as bytes."""
     image = io.BytesIO()
@@ -17,174 +34,273 @@ def png(figure):
     return image.getvalue()
 
 
-def band(axes, x, summary, **style):
-    """The mean of a summary {"mean": [len(x)], "ci95": half-width, "n": number} with its 95 % confidence interval."""
-    mean, half = np.array(summary["mean"]), np.array(summary["ci95"])
-    axes.plot(x, mean, **style)
-    axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.25, lw=0)
+# ---- parts ---------------------------------------------------------------------------------------
 
 
-def law_panel(axes, title, x, scale, xlabel, ylabel, law, samples):
-    """Noise-free law as a line over simulated devices [n, len(x)], their mean and ± 1 std as a band."""
-    mean, std = np.mean(samples, 0), np.std(samples, 0)
-    axes.fill_between(x, mean - std, mean + std, color=SAMPLES, alpha=0.3, lw=0, label="simulated, ± 1 std")
-    axes.plot(x, mean, color=SAMPLES, ls="--", label="simulated, mean")
-    axes.plot(x, law, color=LAW, lw=1.2, label="law without noise")
-    axes.set_title(title, fontsize=10)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xscale=scale)
+def empty(height, *shape, **options):
+    """A figure of README's width and its axes."""
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.subplots(*shape, **options)
 
 
-def device(panels):
-    """The device's laws, a panel each, from (title, x, x scale, x label, y label, law, samples)."""
-    figure = Figure(figsize=(9.6, 7.0), layout="constrained")
-    axes = figure.subplots(2, 2).ravel()
-    for ax, panel in zip(axes, panels):
-        law_panel(ax, *panel)
-    axes[0].set_xticks(range(0, 21, 5))
-    axes[0].legend(fontsize=9, loc="lower right")
-    return figure
+def band(axes, x, mean, half, **style):
+    """Draw means [len(x)] as a line, and their intervals of half-widths [len(x)] as a band."""
+    mean, half = np.asarray(mean), np.asarray(half)
+    axes.plot(x, mean, ms=4, **style)
+    low = np.maximum(mean - half, mean / 10)  # a logarithmic axis has no 0
+    axes.fill_between(x, low, mean + half, color=style["color"], alpha=0.25, lw=0)
 
 
-def network(dt, x_range, u, z0, v1, z1, output):
-    """One presentation: input u, spikes z0 and z1 [T, n], membrane potentials v1 of layer 1, output [T]; dt in ms."""
-    figure = Figure(figsize=(6.4, 7.2), layout="constrained")
-    axes = figure.subplots(5, 1, sharex=True, height_ratios=(0.5, 1.2, 1.2, 1, 1))
-    t = dt*np.arange(1, len(z0) + 1)
-    axes[0].plot(t, np.full(len(t), u), color=TRUTH)
-    axes[0].set(ylabel="input u0", ylim=x_range, title=f"one input, u0 = {u:.2f}, held for {t[-1]:.0f} ms")
-    for layer, (ax, spikes) in enumerate(zip(axes[1:], (z0, z1))):
-        step, neuron = np.nonzero(spikes)
-        ax.plot(t[step], neuron, "|", color=TRUTH, ms=3)
-        ax.set(ylabel=f"neuron of\nlayer {layer}", ylim=(-1, spikes.shape[1]))
-    busiest = int(np.argmax(z1.sum(0)))
-    axes[3].plot(t, v1[:, busiest], color=AFTER)
-    axes[3].axhline(1, color=TRUTH, lw=1, ls=":")
-    axes[3].set(ylabel=f"v of neuron {busiest},\nlayer 1 (dotted:\nthreshold)")
-    axes[4].plot(t, output, color=LATE)
-    axes[4].set(ylabel="readout ŷ", xlabel="time (ms)")
-    return figure
+def legend_above(figure, axes, n_columns):
+    """Put the legend of axes above everything."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=n_columns, frameon=False)
 
 
-def training(row, yardsticks, n_chips):
-    """Outer loss and test error against meta-iterations; row has metrics.csv's columns, yardsticks {label: error}."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
+def plain_ticks(axis):
+    """Write the ticks of a logarithmic axis as plain numbers, the more the shorter it is."""
+    low, high = axis.get_view_interval()
+    steps = [1, 1.5, 2, 3, 4, 5, 7]
+    if high > 8 * low:
+        steps = [1, 2, 5]
+    if high > 100 * low:
+        steps = [1]
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high) + 1)
+    ticks = np.outer(decades, steps).ravel()
+    ticks = ticks[(ticks >= low) & (ticks <= high)]
+    axis.set_ticks(ticks, [f"{x:g}" for x in ticks])
+    axis.set_ticks([], minor=True)
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+
+def mark_level(axes, level, label, above):
+    """Draw a dotted line at a level, its label beside the axes."""
+    axes.axhline(level, color=TRUTH, lw=1, ls=":")
+    axes.annotate(
+        label.replace(" that ", "\nthat "),
+        (1.01, level),
+        xycoords=axes.get_yaxis_transform(),
+        va="bottom" if above else "top",
+        fontsize=9,
+        annotation_clip=False,
+    )
+
+
+@plain
+def training(rows, yardsticks, n_chips):
+    """Figure of the errors against meta-iterations; rows of metrics.csv, yardsticks {label: error}."""
+    figure, axes = empty(4.2)
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    step = columns["step"]
+    marker = "o" if len(rows) < 4 else ""  # a line of one point is none
+    highest = max(yardsticks.values())
     for label, level in yardsticks.items():
-        axes.axhline(level, color=TRUTH, lw=1, ls=":")
-        axes.text(row["step"][-1], level*1.01, label, ha="right", va="bottom", fontsize=9,
-                  bbox={"fc": "white", "ec": "none", "pad": 1})
-    mark = {"marker": "o", "ms": 3} if len(row["step"]) == 1 else {}    # a line of one point is none
-    axes.plot(row["step"], row["test_before"], color=BEFORE, **mark, label="meta-test, before adaptation")
-    axes.plot(row["step"], row["loss"], color=LATE, ls="--", **mark, label="outer loss, meta-training tasks")
-    band(axes, row["step"], {"mean": row["test_mse"], "ci95": row["test_ci95"]}, color=AFTER, **mark,
-         label=f"meta-test, after adaptation ({n_chips} chips)")
-    top = 1.2*max(*yardsticks.values(), *row["test_before"])
-    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log", xlim=(0, None), ylim=(None, top))
-    low = axes.get_ylim()[0]
-    ticks = [x for x in (m*10.0**k for k in range(-3, 4) for m in (1, 2, 3, 5)) if low <= x <= top]
-    axes.set_yticks(ticks, [f"{x:g}" for x in ticks])
-    axes.minorticks_off()
-    axes.legend(fontsize=9, loc="center right")
+        mark_level(axes, level, label, above=level == highest)
+    axes.plot(
+        step,
+        columns["test_before"],
+        color=BEFORE,
+        ls="--",
+        marker=marker,
+        label="test, before adaptation",
+    )
+    axes.plot(step, columns["loss"], color=LATE, ls="-.", marker=marker, label="outer loss")
+    band(
+        axes,
+        step,
+        columns["test_mse"],
+        columns["test_ci95"],
+        color=AFTER,
+        ls="-",
+        marker=marker,
+        label=f"test, after adaptation ({n_chips} chips, 95 %)",
+    )
+    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log")
+    axes.set_xlim(0, max(step[-1] * 1.02, 1))
+    plain_ticks(axes.yaxis)
+    legend_above(figure, axes, 3)
     return figure
 
 
-def testing(x, episodes, results):
-    """Four tasks before and after adaptation at inputs x [L], and the error against inner steps; results as in
-    results.json."""
-    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12)
-    axes = figure.subplot_mosaic("AABBEEE\nCCDDEEE")
-    for i, panel in enumerate("ABCD"):
-        truth, before, after = episodes.curves[i]
-        axes[panel].plot(x, truth, color=TRUTH, lw=1.2, label="task")
-        axes[panel].plot(x, before, color=BEFORE, lw=1.2, ls="--", label="before")
-        axes[panel].plot(x, after, color=AFTER, lw=1.6, label="after")
-        axes[panel].plot(episodes.x[i], episodes.y[i], "o", color=LATE, ms=4, label="support")
-        axes[panel].set(xlim=(x[0], x[-1]), xlabel="x" if panel in "CD" else None,
-                        ylabel="y, mean over time" if panel in "AC" else None)
-    figure.legend(*axes["A"].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9, frameon=False)
-    steps = range(len(results["mse"]["mean"]))
-    for name, color, style, label in (("mse", AFTER, "-", "all time steps"), ("mse_last", TRUTH, ":", "last time step")):
-        band(axes["E"], steps, results[name], color=color, ls=style, marker="o", label=label)
-    axes["E"].set(xlabel="inner steps", ylabel="mean squared error", xticks=steps, ylim=0)
-    axes["E"].set_title(f"{results['mse']['n']} tasks, a chip each; 95 % band", fontsize=9)
-    axes["E"].legend(fontsize=9)
+def show_task(axes, levels, curves, x, y):
+    """Draw one task, the output before and after adaptation, and the samples x, y of it."""
+    truth, before, after = curves
+    axes.plot(levels, truth, color=TRUTH, lw=1, label="task")
+    axes.plot(levels, before, color=BEFORE, ls="--", lw=1.6, label="output before")
+    axes.plot(levels, after, color=AFTER, lw=2.2, label="output after")
+    axes.plot(x, y, "o", color=LATE, ms=4.5, label="samples seen")
+    axes.set_xlim(levels[0], levels[-1])
+
+
+def mark_mean(axes, x, height, text, color):
+    """Draw a line at x up to a height (share of the axes), its text to the left of the top."""
+    transform = axes.get_xaxis_transform()
+    axes.plot([x, x], [0, height], color=color, lw=2, transform=transform)
+    axes.annotate(
+        text,
+        (x, height),
+        (-5, 0),
+        xycoords=transform,
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        bbox={"fc": "white", "ec": "none", "pad": 1, "alpha": 0.8},
+    )
+
+
+def show_counts(axes, values, edges, color, style):
+    """Draw the distribution of values."""
+    counts, _ = np.histogram(values, edges)
+    axes.stairs(counts, edges, fill=True, color=color, alpha=0.4)
+    axes.stairs(counts, edges, color=color, ls=style, lw=1.5)
+
+
+def show_errors(axes, before, after, n_pulses):
+    """Draw the distributions of the errors [n] of chips before and after adaptation, means marked."""
+    before = np.maximum(before, LEAST)
+    after = np.maximum(after, LEAST)
+    low = min(before.min(), after.min(), after.mean() / 20)
+    high = 1.1 * max(before.max(), after.max())
+    n_bins = int(np.clip(2 * len(before) ** 0.5, 8, 40))
+    edges = np.geomspace(low, high, n_bins + 1)
+    show_counts(axes, before, edges, BEFORE, "--")
+    show_counts(axes, after, edges, AFTER, "-")
+    axes.set(xscale="log", xlim=(low, high), ylim=(0, 1.4 * axes.get_ylim()[1]))
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    plain_ticks(axes.xaxis)
+    mark_mean(axes, before.mean(), 0.99, f"mean {before.mean():.2g} before", "#555555")
+    words = f"{after.mean():.2g} after\nabout {n_pulses:.0f} pulses"
+    mark_mean(axes, after.mean(), 0.91, words, AFTER)
+
+
+@plain
+def testing(levels, episodes, results):
+    """Figure of four tasks at inputs levels [L], and of all chips' errors; results as in results.json."""
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.subplot_mosaic("AABBEEEE\nCCDDEEEE")
+    trial = episodes.trial
+    for panel, curves, x, y in zip("ABCD", episodes.curves, trial.x, trial.y, strict=False):
+        show_task(axes[panel], levels, curves, x, y)
+        axes[panel].tick_params(labelbottom=panel in "CD")
+    for panel in "AC":
+        axes[panel].set_ylabel("y")
+    for panel in "CD":
+        axes[panel].set_xlabel("x")
+    mse = episodes.measured["mse"]
+    show_errors(axes["E"], mse[:, 0], mse[:, -1], results["pulses"]["mean"])
+    axes["E"].set(xlabel="squared error of a chip over all inputs", ylabel="chips")
+    axes["E"].set_title(f"{len(mse)} tasks, each on a chip of its own", fontsize=11)
+    legend_above(figure, axes["A"], 4)
     return figure
 
 
-def aging(drift, t_adapt):
-    """Error against time since deployment; drift as in results.json."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for name, color, style, label in (("never", BEFORE, "-", "never adapted"),
-                                      ("once", AFTER, "-", f"adapted once, at {t_adapt:g} s"),
-                                      ("again", LATE, "--", "adapted again at that time"),
-                                      ("again_on_drifted", TRUTH, ":", "the same, pulses act on the drifted G")):
-        band(axes, drift["age_s"], drift[name], color=color, ls=style, label=label)
-    axes.set(xscale="log", xlabel="time since deployment (s)", ylabel="mean squared error", ylim=0)
-    axes.set_title(f"{drift['once']['n']} tasks, a chip each; 95 % band", fontsize=9)
-    axes.legend(fontsize=9)
+# ---- devices and neurons -------------------------------------------------------------------------
+
+
+@plain
+def laws(name, panels):
+    """Figure of a device's laws, a panel for each (x label, y label, x, law, samples [n, x])."""
+    figure, axes = empty(6.4, 2, 2)
+    figure.suptitle(f"{name}: laws and simulated devices", fontsize=12)
+    for ax, (xlabel, ylabel, x, law, samples) in zip(axes.flat, panels, strict=True):
+        mean, std = np.mean(samples, 0), np.std(samples, 0)
+        ax.fill_between(
+            x, mean - std, mean + std, color=AFTER, alpha=0.3, lw=0, label="simulated, ± 1 std"
+        )
+        ax.plot(x, mean, color=AFTER, ls="--", label="simulated, mean")
+        ax.plot(x, law, color=TRUTH, lw=1, label="law without noise")
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+    axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 1].set_xscale("log")
+    axes[0, 0].legend(loc="lower right", fontsize=10, frameon=False)
     return figure
 
 
-# ---- studies --------------------------------------------------------------------------------------------------------
-
-def curves(lines, xlabel, ticks):
-    """Errors with intervals at a few x: lines of ((label, colour, style), x, summary)."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for (label, color, style), x, summary in lines:
-        band(axes, x, summary, color=color, ls=style, marker="o", ms=4, label=label)
-    axes.set(xlabel=xlabel, ylabel="mean squared error", ylim=0)
-    axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.legend(fontsize=9)
+@plain
+def presentation(t, u, spikes, v, output):
+    """Figure of one input u at times t (ms): spikes [T, n] of layers, a membrane v and the output."""
+    ratios = (0.5, *(1.3 for _ in spikes), 1, 1)
+    figure, axes = empty(7.2, len(ratios), sharex=True, height_ratios=ratios)
+    axes[0].plot(t, np.full(len(t), u), color=TRUTH)
+    axes[0].set_ylabel("input x")
+    for layer, (ax, z) in enumerate(zip(axes[1:], spikes, strict=False)):
+        step, neuron = np.nonzero(z)
+        ax.plot(t[step], neuron, "|", color=TRUTH, ms=4)
+        ax.set(ylabel=f"neuron of\nlayer {layer}", ylim=(-1, z.shape[1]))
+    axes[-2].plot(t, v, color=AFTER)
+    axes[-2].axhline(1, color=TRUTH, lw=1, ls=":")
+    axes[-2].set_ylabel("a membrane\n(dotted: threshold)")
+    axes[-1].plot(t, output, color=LATE)
+    axes[-1].set(ylabel="readout ŷ", xlabel="time (ms)", xlim=(0, t[-1]))
+    figure.align_ylabels()
     return figure
 
 
-def bars(rows, first, second):
-    """Errors of rows (label, (mean, half-width), the same or None), two bars a row where there are two."""
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    axes = figure.subplots()
-    for shift, column, color, label in ((-0.2, 1, AFTER, first), (0.2, 2, LATE, second)):
-        at = [i for i, row in enumerate(rows) if row[column]]
-        mean, half = np.array([rows[i][column] for i in at]).T
-        axes.barh(np.array(at) + shift, mean, 0.38, xerr=half, color=color, label=label, hatch="//"*(column == 2),
-                  edgecolor="white")
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+# ---- studies -------------------------------------------------------------------------------------
+
+
+def half_width(summary):
+    """Half-width of a summary's 95 % interval, 0 where it has none."""
+    return summary.get("ci95", np.zeros_like(summary["mean"]))
+
+
+@plain
+def lines(found, xlabel, xscale="linear", ticks=None):
+    """Figure of errors along x, a line for each label of found, {label: (x, summary)}; ticks {x: label}."""
+    figure, axes = empty(4.5)
+    for (label, (x, summary)), style in zip(found.items(), STYLES, strict=False):
+        band(axes, x, summary["mean"], half_width(summary), label=label, **style)
+    axes.set(xlabel=xlabel, xscale=xscale, ylabel="mean squared error", ylim=0)
+    if ticks:
+        axes.set_xticks(list(ticks), list(ticks.values()))
+    legend_above(figure, axes, 2 if len(found) > 3 else 3)
+    return figure
+
+
+@plain
+def bars(rows, groups):
+    """Figure of errors, a bar for each group with a summary in a row of rows, {label: [summary or None]}."""
+    figure, axes = empty(1.5 + 0.45 * len(rows))
+    width = 0.8 / len(groups)
+    for k, (group, style) in enumerate(zip(groups, STYLES, strict=False)):
+        has = [i for i, row in enumerate(rows.values()) if row[k]]
+        summaries = [row[k] for row in rows.values() if row[k]]
+        axes.barh(
+            np.array(has) + (k - (len(groups) - 1) / 2) * width,
+            [x["mean"] for x in summaries],
+            width,
+            xerr=[half_width(x) for x in summaries],
+            color=style["color"],
+            hatch="//" if k else None,
+            edgecolor="white",
+            label=group,
+        )
+    axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
-    axes.set(xlabel="mean squared error after adaptation (lines: 95 % interval)")
-    axes.legend(fontsize=9)
+    axes.set_xlabel("mean squared error (lines: 95 % interval)")
+    legend_above(figure, axes, len(groups))
     return figure
 
 
+@plain
 def histograms(samples, xlabel):
-    """Distributions of positive samples (label, values, colour, style) on a logarithmic axis."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
-    edges = np.logspace(-6, 0.5, 80)
-    for label, values, color, style in samples:
-        share, _ = np.histogram(values, edges)
-        axes.stairs(share/len(values), edges, color=color, ls=style, lw=1.5, label=label)
+    """Figure of the distributions of positive samples, {label: values}, on a logarithmic axis."""
+    figure, axes = empty(4.2)
+    low = min(np.quantile(x, 0.002) for x in samples.values())
+    high = max(x.max() for x in samples.values())
+    edges = np.geomspace(low, high, 80)
+    for (label, values), style in zip(samples.items(), STYLES, strict=False):
+        counts, _ = np.histogram(values, edges)
+        axes.stairs(
+            counts / len(values),
+            edges,
+            color=style["color"],
+            ls=style["ls"],
+            lw=1.8,
+            label=label,
+        )
     axes.set(xscale="log", xlabel=xlabel, ylabel="share of the steps")
-    figure.legend(fontsize=9, loc="outside upper left", ncols=3, frameon=False)
-    return figure
-
-
-def pareto(points):
-    """Error against pulses; points (label, pulses, mean, half-width)."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
-    best = np.inf
-    for label, pulses, mean, half in sorted(points, key=lambda point: point[1]):
-        front = mean < best    # nothing cheaper is as good: its label finds room below and left
-        best = min(best, mean)
-        axes.errorbar(pulses, mean, half, fmt="o", ms=5, color=AFTER if front else BEFORE)
-        at, ha = ((-5, -12), "right") if front else ((0, 20), "center")
-        axes.annotate(label, (pulses, mean), at, ha=ha, textcoords="offset points", fontsize=9)
-    axes.margins(0.15)
-    axes.set(xscale="log", xlabel="pulses of an adaptation", ylabel="mean squared error", ylim=0)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    axes.set_title("blue: no network that needs fewer pulses is as good", fontsize=9)
+    legend_above(figure, axes, 3)
     return figure

@@ -1,17 +1,23 @@
-"""Studies of what limits adaptation. Each trains the networks it needs under run/studies, prints and draws.
+"""Studies of a meta-trained network: each prints a table and writes its figure and numbers.
 
-    python img/studies.py bits|steps|limits|updates|cost [--n_iter 1000]
+    python img/studies.py chips|drift|life|faults|updates RUN [--n 256] [--out DIR]
+    python img/studies.py limits|bits|steps [--n 256] [--out DIR] [--n_iter 800] [other flags of train.py]
 
-bits      error against bits of an update, 2 to 6 and real-valued, PCM and ideal devices
-steps     error against inner steps 0 to 8 of networks trained for 1, 2, 4 and 8
-limits    one non-ideality off at a time, in the test and in training too; the comparators' thresholds; bounds of any
-          rule for the readout
-updates   |ΔW| of a programmed synapse against gradient descent and Adam on the same task
-cost      error against pulses of an adaptation, of the networks of bits (one step) and of several steps (2 bits)
+chips     one network on chips of every built-in device
+drift     how a task that was learned ages, and how an old chip learns
+life      50 tasks in sequence on one chip, with four ways to keep its readout
+faults    devices that are stuck
+updates   sizes of pulses against those of gradient descent and Adam
+limits    one non-ideality off at a time; other rules; bounds of any rule
+bits      bits of an update
+steps     looks at a task
+
+RUN is a run folder. The networks that a study trains itself go to run/studies.
 """
+
 import argparse
-import contextlib
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -28,256 +34,509 @@ import network  # noqa: E402
 import train  # noqa: E402
 from img import figures  # noqa: E402
 
-N_TASKS = 1024
-BITS = 2, 3, 4, 5, 6
-STEPS = 1, 2, 4, 8
-QUIET = {    # constants of a device without one of its non-idealities
-    "pulse noise": {"set_std_slope": 0.0, "set_std_offset": 0.0},
-    "read noise": {"read_slope": 0.0, "read_offset": 0.0},
-    "drift": {"nu_mean": 0.0, "nu_std": 0.0},
-    "programming error": {"prog_err": 0.0}}
-QUIET["noise or drift at all"] = {name: value for constants in QUIET.values() for name, value in constants.items()}
-
-
-# ---- networks -------------------------------------------------------------------------------------------------------
-
-def amounts(cfg, gradient, theta):
-    """train.comparators without quantisation: a device moves by max(∓g/θ, 0) of a pulse, noise and all."""
-    return jnp.maximum(jnp.stack([-gradient, gradient])/theta, 0.0)[None, :, :, None]
-
-
-def drawn_weights(key, cfg, device, step, t):
-    """train.expected_weights by one draw for each task: the noise of a part of a pulse has no table."""
-    pulse_key, read_key = jax.random.split(step.key)
-    w = train.read_weights(read_key, device, train.fire(device, step._replace(key=pulse_key)), t)
-    return w, jnp.zeros_like(w)
-
-
-def saturating(device, step, fire=train.fire):
-    """train.fire within the device's range, which a part of a pulse, or several at once, may leave."""
-    readout = fire(device, step)
-    return readout._replace(g=analog.clip(readout.g, device.g_min, device.g_max))
-
-
-QUANTISED = train.comparators, train.fire, train.expected_weights
-REAL = amounts, saturating, drawn_weights
-
-
-@contextlib.contextmanager
-def update(rule):
-    """Adapt by this rule; what was compiled with another is forgotten."""
-    def use(rule):
-        if (train.comparators, train.fire, train.expected_weights) != rule:
-            train.comparators, train.fire, train.expected_weights = rule
-            jax.clear_caches()
-
-    use(rule)
-    try:
-        yield
-    finally:
-        use(QUANTISED)
-
-
-class Trained(NamedTuple):
-    cfg: train.Config
-    device: analog.Device
-    meta: train.Meta
-    rule: tuple
-
-
-def trained(name, n_iter, constants=None, rule=QUANTISED, **flags):
-    """A network of these flags, on the device with some constants replaced; trained unless its run folder has it."""
-    folder = Path("run/studies")/name
-    cfg, device = train.configure({**flags, "n_iter": n_iter})
-    device = device._replace(**(constants or {}))
-    with train.hold(folder), update(rule):
-        begun = (folder/"checkpoint.npz").exists()
-        run = train.load(folder) if begun else train.Run(cfg, device, train.start(cfg, device))
-        if (run.cfg, run.device, run.cfg.n_iter) != (cfg, device, n_iter):
-            raise train.UserError(f"{folder} holds a network of other settings: move it away")
-        run = train.train(run, folder)
-    return Trained(cfg, device, train.meta_of(run.state), rule)
-
-
-def tested(net, constants=None, experiment=train.episode, **changes):
-    """An experiment on N_TASKS tasks and chips; more inner steps than trained for go on with the last threshold."""
-    cfg = dataclasses.replace(net.cfg, **changes)
-    times, theta = train.Times(cfg.tread, cfg.tprog, cfg.ttest), net.meta.log_theta
-    theta = theta[np.minimum(np.arange(cfg.n_inner), len(theta) - 1)]
-    with update(net.rule):
-        return train.test(experiment, cfg, net.device._replace(**(constants or {})), net.meta._replace(log_theta=theta),
-                          times, N_TASKS, train.stream(cfg, 2))
-
-
-def show(label, values):
-    """Print mean and interval of values [n]; the two."""
-    x = train.summary(values)
-    print(f"{label:<56}{x['mean']:8.3f} ± {x['ci95']:.3f}", flush=True)
-    return x["mean"], x["ci95"]
-
-
-def line(points):
-    """The summary of a line through points that show gave."""
-    return dict(zip(("mean", "ci95"), zip(*points)))
-
-
-def bits_networks(n_iter):
-    """(device, bits, network), real-valued updates last."""
-    for name in ("pcm", "perf"):
-        for bits in BITS:
-            yield name, str(bits), trained(f"{name}_bits{bits}", n_iter, device=name, n_bits=bits)
-        yield name, "real", trained(f"{name}_real", n_iter, device=name, rule=REAL)
-
-
-def steps_networks(n_iter):
-    for steps in STEPS:
-        yield steps, trained(f"steps{steps}", n_iter, n_inner=steps, tau_out=0.001)
-
-
-# ---- experiments on one chip ------------------------------------------------------------------------------------------
-
-def traces(key, cfg, device, meta, times):
-    """A trial, the traces of a deployed chip at the query, and of its support the Hessian, the linear term and E[y²]."""
-    trial_key, chip_key, hidden_key = jax.random.split(key, 3)
-    trial = train.draw_trial(trial_key, cfg)
-    chip = network.fabricate(chip_key, device, meta.g)
-    e = train.activity(hidden_key, cfg, device, chip, times.query).trace
-    share, y = trial.support.T
-    second = jnp.einsum("tli,tlj,l->ij", e, e, share)/len(e)
-    return trial, e, analog.weights(device, chip.readout.g)[:, 0], second, y @ e.mean(0)
-
-
-def imprecise(error):
-    """train.episode on a chip each of whose thresholds is off by a factor exp(N(0, error²))."""
-    def episode(key, cfg, device, meta, times):
-        *_, theta_key = jax.random.split(key, 7)    # beside the six of train.episode, whose tasks and chips stay the same
-        off = error*jax.random.normal(theta_key, meta.log_theta.shape)
-        return train.episode(key, cfg, device, meta._replace(log_theta=meta.log_theta + off), times)
-
-    return episode
-
-
+AGES = 150.0, 1e3, 1e4, 1e5, 1e6, 1e7  # s
+N_LIFE = 50  # tasks of a life
+PERIOD = 1000.0  # s, from one of them to the next
+AHEAD = 10.0  # s, from the programming of a readout to the first look at a task
 RIDGES = 1e-4, 1e-3, 1e-2, 1e-1, 1.0
 
 
-def bounds(key, cfg, device, meta, times):
-    """Errors of readouts of any real weights on the chip's own noisy traces: the best for the query itself, and those that
-    ridge regression finds from the support, [1 + len(RIDGES)]."""
-    trial, e, w0, second, first = traces(key, cfg, device, meta, times)
-    everywhere, eye = jnp.einsum("tli,tlj->ij", e, e)/e[..., 0].size, jnp.eye(len(w0))
-    best = jnp.linalg.solve(everywhere + 1e-5*eye, trial.query.y @ e.mean(0)/e.shape[1])
-    learnt = [w0 + jnp.linalg.solve(second + ridge*eye, first - second @ w0) for ridge in RIDGES]
-    return jnp.stack([train.mse_alone(e, w, trial.query) for w in (best, *learnt)])
+class Options(NamedTuple):
+    """What a study is asked for."""
+
+    run: train.Run | None  # of the folder on the command line
+    n: int  # chips of a test
+    flags: dict  # of the networks that a study trains
 
 
-def sizes(key, cfg, device, meta, times, n_steps=100):
-    """|ΔW| [H1] of one adaptation, 0 where none was programmed, and [n_steps, H1] of steps of gradient descent at the
-    largest stable rate and of Adam at 1e-3 on the same task."""
-    trial_key, chip_key, *keys = jax.random.split(key, 4)
-    trial, _, w0, second, first = traces(key, cfg, device, meta, times)
-    chip = network.fabricate(chip_key, device, meta.g)
-    after = train.fire(device, train.adapt(*keys, cfg, device, chip, jnp.exp(meta.log_theta), trial.support, times,
-                                           alone=True)[-1])
-    programmed = jnp.any(after.t_prog > 0, 0)[:, 0]
-    moved = jnp.abs(analog.weights(device, after.g) - analog.weights(device, chip.readout.g))[:, 0]
-    rate = 1/jnp.maximum(jnp.linalg.eigvalsh(second)[-1], 1e-6)    # 2 over the largest curvature of the squared error
-
-    def steps(optimizer):
-        init, step, parameters = optimizer
-
-        def one(state, i):
-            w = parameters(state)
-            state = step(i, 2*(second @ w - first), state)
-            return state, jnp.abs(parameters(state) - w)
-
-        return jax.lax.scan(one, init(w0), jnp.arange(float(n_steps)))[1]
-
-    return jnp.where(programmed, moved, 0.0), steps(train.optimizers.sgd(rate)), steps(train.optimizers.adam(1e-3))
+# ---- parts of experiments ------------------------------------------------------------------------
 
 
-# ---- studies --------------------------------------------------------------------------------------------------------
+def deployed(key, cfg, device, meta):
+    """A new chip of a network, programmed at t = 0."""
+    return network.assemble(key, device, train.programmed(cfg, device), meta.g)
 
-def save(figure, name):
-    (FOLDER/f"{name}.png").write_bytes(figures.png(figure))
+
+def with_readout(chip, readout):
+    """The chip with another readout."""
+    return chip._replace(xbars=chip.xbars._replace(readout=readout))
 
 
-def bits(n_iter):
+def learn(key, cfg, device, meta, chip, trial, times):
+    """The readouts of a chip after each look at a trial, and the pulses of each look."""
+    look_key, adapt_key = jax.random.split(key)
+    looks = train.look_at(look_key, cfg, device, chip, times)
+    theta = jnp.exp(meta.log_theta)
+    return train.adapt(
+        adapt_key, cfg, device, chip.xbars.readout, looks, theta, trial.support, times
+    )
+
+
+def moments_at(key, cfg, device, chip, t):
+    """Moments of the whole range in one read of a chip."""
+    parts, _ = train.observe(train.moments_of_range, key, cfg, device, chip, t)
+    return train.pooled(parts)
+
+
+def meet(key, cfg, device, meta, chip, trial, times):
+    """Readout, pulses [2, H, 1] and squared error after a chip has met a trial."""
+    learn_key, hidden_key, readout_key = jax.random.split(key, 3)
+    readouts, pulses = learn(learn_key, cfg, device, meta, chip, trial, times)
+    moments = moments_at(hidden_key, cfg, device, chip, times.query)
+    w = network.read_readout(readout_key, device, readouts[-1], times.query)
+    return readouts[-1], sum(pulses), train.squared_error(moments, trial.query, w)
+
+
+def tested(experiment, options, device=None, net=None):
+    """What an experiment measures on the chips of a network, by default the run's, on its device."""
+    net = net or options.run
+    device = device or net.devices[0]
+    meta = train.project((device,), net.state.meta)
+    return train.test(experiment, net.cfg, device, meta, options.n, train.stream(net.cfg, 3))
+
+
+def show(label, values):
+    """Print mean, interval and number of values [n]; their summary."""
+    found = train.summary(values)
+    half = found.get("ci95", np.nan)
+    print(f"  {label:<64}{found['mean']:9.3f} ± {half:.3f}  (n = {found['n']})", flush=True)
+    return found
+
+
+# ---- chips and faults ----------------------------------------------------------------------------
+
+
+def before_and_after(label, episodes):
+    """The two summaries of the errors of episodes, which are printed."""
+    mse = episodes.measured["mse"]
+    return [show(f"{label}, before", mse[:, 0]), show(f"{label}, after", mse[:, -1])]
+
+
+def chips(options):
+    """One network on chips of every built-in device of its g_max."""
+    rows = {}
+    for name, device in analog.DEVICES.items():
+        if device.g_max == options.run.devices[0].g_max:
+            rows[name] = before_and_after(name, tested(train.episode, options, device))
+    return rows, figures.bars(rows, ("before adaptation", "after adaptation"))
+
+
+def faults(options):
+    """Devices that are stuck, half of them at g_max."""
+    rows = {}
+    for share in (0.0, 0.005, 0.01):
+        device = options.run.devices[0]._replace(stuck_low=share / 2, stuck_high=share / 2)
+        label = f"{share:.1%} of devices stuck"
+        rows[label] = before_and_after(label, tested(train.episode, options, device))
+    return rows, figures.bars(rows, ("before adaptation", "after adaptation"))
+
+
+# ---- drift ---------------------------------------------------------------------------------------
+
+
+def aged(key, cfg, device, meta):
+    """Squared errors [ages] of one chip by what was done, times in seconds since deployment."""
+    chip_key, trial_key, first_key, reference_key, ages_key = jax.random.split(key, 5)
+    wait = cfg.ttest - cfg.tprog
+    chip = deployed(chip_key, cfg, device, meta)
+    trial = train.draw_trial(trial_key, cfg)
+    first = train.times_of(cfg, cfg.tread, wait)
+    readouts, _ = learn(first_key, cfg, device, meta, chip, trial, first)
+    last_pulse = first.pulses[-1]
+    reference = jnp.sum(
+        analog.read(reference_key, device, readouts[-1], last_pulse + device.t0)
+    )
+
+    def at(inputs):
+        key, age = inputs
+        kept_key, fresh_key, again_key = jax.random.split(key, 3)
+        times = train.times_of(cfg, age, wait)
+        return {
+            **kept(kept_key, cfg, device, chip, readouts[-1], reference, trial, times.query),
+            "first adapted at that age": meet(fresh_key, cfg, device, meta, chip, trial, times)[
+                -1
+            ],
+            "restored, second task at that age": again(
+                again_key, cfg, device, meta, chip, readouts[-1], times
+            ),
+        }
+
+    return jax.lax.map(at, (jax.random.split(ages_key, len(AGES)), jnp.array(AGES)))
+
+
+def kept(key, cfg, device, chip, readout, reference, trial, t):
+    """Squared errors at time t (s) of a readout that was adapted long before, by compensation."""
+    hidden_key, readout_key = jax.random.split(key)
+    g = analog.read(readout_key, device, readout, t)
+    w = analog.weights(device, g)[:, 0]
     found = {}
-    for name, bits, net in bits_networks(n_iter):
-        found.setdefault(name, []).append(show(f"{name}, {bits} bits", tested(net).mse[:, -1]))
-    labels = {"pcm": ("PCM", figures.AFTER, "-"), "perf": ("ideal devices", figures.LATE, "--")}
-    save(figures.curves([(labels[name], [*BITS, BITS[-1] + 1], line(points)) for name, points in found.items()],
-                        "bits of an update", ticks=dict(zip([*BITS, BITS[-1] + 1], [*map(str, BITS), "real"]))), "bits")
+    for label, compensate in (("hidden layers not compensated", False), ("compensated", True)):
+        other = dataclasses.replace(cfg, compensate=compensate)
+        moments = moments_at(hidden_key, other, device, chip, t)
+        found[f"adapted once, {label}"] = train.squared_error(moments, trial.query, w)
+    scaled = w * reference / jnp.sum(g)
+    found["adapted once, readout too"] = train.squared_error(moments, trial.query, scaled)
+    return found
 
 
-def steps(n_iter):
-    lines = []
-    for (n, net), style in zip(steps_networks(n_iter), figures.FOUR):
-        mse = tested(net, n_inner=max(STEPS)).mse
-        lines.append(((f"trained for {n}", *style), range(max(STEPS) + 1),
-                      line([show(f"trained for {n} steps, after {k}", mse[:, k]) for k in range(max(STEPS) + 1)])))
-    save(figures.curves(lines, "inner steps in the test", ticks={k: str(k) for k in range(max(STEPS) + 1)}), "steps")
+def again(key, cfg, device, meta, chip, readout, times):
+    """Squared error of a chip after a second task, its readout programmed anew before."""
+    program_key, trial_key, meet_key = jax.random.split(key, 3)
+    restored = restore(device, program_key, readout, meta.g.readout, times.reads[0] - AHEAD)
+    trial = train.draw_trial(trial_key, cfg)
+    chip = with_readout(chip, restored.xbar)
+    return meet(meet_key, cfg, device, meta, chip, trial, times)[-1]
 
 
-def limits(n_iter):
-    net = trained("pcm_bits2", n_iter, device="pcm", n_bits=2)
-    rows = [("every non-ideality", show("every non-ideality", tested(net).mse[:, 1]), None)]
-    for name, constants in QUIET.items():
-        alone = show(f"no {name}, in the test", tested(net, constants).mse[:, 1])
-        noise = {"off_noise": 0.0} if "prog_err" in constants else {}
-        other = trained(f"no_{name.replace(' ', '_')}", n_iter, constants, **noise)
-        rows.append((f"no {name}", alone, show(f"no {name}, in training too", tested(other).mse[:, 1])))
-    shared = trained("shared_thr", n_iter, shared_thr=True)
-    rows.append(("one threshold for all synapses", None, show("one threshold for all synapses", tested(shared).mse[:, 1])))
-    for share in (0.1, 0.3):
-        off = tested(net, experiment=imprecise(share)).mse[:, 1]
-        rows.append((f"thresholds off by {share:.0%}", show(f"thresholds off by {share:.0%}", off), None))
-    real = trained("pcm_real", n_iter, device="pcm", rule=REAL)
-    rows.append(("real-valued updates", None, show("real-valued updates, in training too", tested(real).mse[:, 1])))
-    rows.append(("100 samples, not 20", show("100 samples, not 20", tested(net, task_size=100).mse[:, 1]), None))
-    for shots in (20, 100):
-        errors = tested(net, experiment=bounds, task_size=shots)
-        ridge = 1 + int(np.argmin(errors[:, 1:].mean(0)))
-        rows.append((f"ridge regression, {shots} samples",
-                     show(f"ridge regression of {shots} samples, ridge {RIDGES[ridge - 1]:g}", errors[:, ridge]), None))
-    rows.append(("best readout of all inputs", show("best readout of all inputs", errors[:, 0]), None))
-    save(figures.bars(rows, "in the test", "in training too"), "limits")
+def drift(options):
+    """How a task that was learned ages, and how an old chip learns."""
+    errors = tested(aged, options)
+    numbers = {"age": AGES}
+    for label, values in errors.items():
+        for age, column in zip(AGES, values.T, strict=True):
+            show(f"{label}, {age:g} s", column)
+        numbers[label] = train.summary(values)
+    found = {label: (AGES, numbers[label]) for label in errors}
+    return numbers, figures.lines(found, "age of the chip (s)", "log")
 
 
-def updates(n_iter):
-    net = trained("pcm_bits2", n_iter, device="pcm", n_bits=2)
-    dw, descent, adam = (x[x > 0] for x in tested(net, experiment=sizes))
-    for name, x in (("a pulse", dw), ("a step of gradient descent", descent), ("a step of Adam at 1e-3", adam)):
-        print(f"|ΔW| of {name:<28} median {np.median(x):.2e}, 5 to 95 %: {np.quantile(x, 0.05):.1e} to "
-              f"{np.quantile(x, 0.95):.1e}; a pulse's median is {np.median(dw)/np.median(x):.1f} times as large")
-    save(figures.histograms([("meta-learned pulses", dw, figures.AFTER, "-"),
-                             ("gradient descent, largest stable rate", descent, figures.LATE, "--"),
-                             ("Adam at 1e-3", adam, figures.TRUTH, ":")], "|ΔW| of a synapse in one step"), "updates")
+# ---- life ----------------------------------------------------------------------------------------
 
 
-def cost(n_iter):
-    points = []
-    for label, net in [*((f"{bits} bits", net) for name, bits, net in bits_networks(n_iter)
-                         if name == "pcm" and bits != "real"),
-                       *((f"{n} steps", net) for n, net in steps_networks(n_iter) if n > 1)]:
-        episodes = tested(net)
-        pulses = show(f"{label}, pulses of an adaptation", episodes.pulses)[0]
-        show(f"{label}, readout devices touched (%)", 100*episodes.touched)
-        points.append((label, pulses, *show(f"{label}, error", episodes.mse[:, -1])))
-    save(figures.pareto(points), "cost")
+def restore(device, key, readout, target, t):
+    """analog.Programmed of a readout written back to its target at the start."""
+    return analog.program(key, device, readout, target, t)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=[study.__name__ for study in (bits, steps, limits, updates, cost)])
-    parser.add_argument("--n_iter", type=int, default=1000, help="meta-iterations of each network (default: 1000)")
-    arguments = parser.parse_args()
+def erase(device, key, readout, target, t):
+    """analog.Programmed of a readout whose devices were all RESET."""
+    every = jnp.ones(target.shape, bool)
+    none = jnp.zeros(target.shape, int)
+    return analog.Programmed(analog.reset(key, device, readout, every, t), none, none + 1, none)
+
+
+def leave(device, key, readout, target, t):
+    """analog.Programmed of a readout that is left as it is."""
+    none = jnp.zeros(target.shape, int)
+    return analog.Programmed(readout, none, none, none)
+
+
+def refresh(device, key, readout, target, t):
+    """analog.Programmed of a readout whose weights were read, without their mean drift, and written again
+    with one device of each pair at g_min."""
+    read_key, program_key = jax.random.split(key)
+    g = analog.read(read_key, device, readout, t)
+    nu, _ = device.law.nu_law(g / device.g_max)
+    age = jnp.maximum(t - readout.t_prog, analog.MIN_AGE)
+    before = g * device.law.clock(age, device.t0) ** nu
+    w = jnp.clip(analog.weights(device, before), -1.0, 1.0)
+    wanted = jnp.minimum(analog.conductances(device, w), device.g_prog)
+    return analog.program(program_key, device, readout, wanted, t)
+
+
+POLICIES = {"nothing": leave, "restore": restore, "reset": erase, "refresh": refresh}
+
+
+def lives(key, cfg, device, meta):
+    """Squared errors [policies, N_LIFE] of one chip, pulses and RESETs [policies, N_LIFE, 2, H, 1]."""
+    chip_key, life_key = jax.random.split(key)
+    chip = deployed(chip_key, cfg, device, meta)
+    wait = cfg.ttest - cfg.tprog
+    policies = [functools.partial(policy, device) for policy in POLICIES.values()]
+
+    def life(policy):
+        def task(readout, inputs):
+            key, k = inputs
+            keep_key, trial_key, meet_key = jax.random.split(key, 3)
+            age = cfg.tread + PERIOD * k
+            used = jnp.where(k > 0, policy, 0)
+            done = jax.lax.switch(
+                used, policies, keep_key, readout, meta.g.readout, age - AHEAD
+            )
+            after, fired, error = meet(
+                meet_key,
+                cfg,
+                device,
+                meta,
+                with_readout(chip, done.xbar),
+                train.draw_trial(trial_key, cfg),
+                train.times_of(cfg, age, wait),
+            )
+            pulses = fired + done.pulses
+            return after, {"error": error, "pulses": pulses, "resets": done.resets}
+
+        tasks = jax.random.split(life_key, N_LIFE), jnp.arange(float(N_LIFE))
+        return jax.lax.scan(task, chip.xbars.readout, tasks)[1]
+
+    return jax.lax.map(life, jnp.arange(len(policies)))
+
+
+def life(options):
+    """50 tasks in sequence on one chip, with four ways to keep its readout."""
+    found = tested(lives, options)
+    numbers, drawn = {}, {}
+    for i, policy in enumerate(POLICIES):
+        error = found["error"][:, i]
+        print(policy)
+        numbers[policy] = {"error": train.summary(error)}
+        for first, last in ((1, 1), (2, 10), (11, 20), (21, 30), (31, 40), (41, N_LIFE)):
+            label = f"error, tasks {first} to {last}"
+            numbers[policy][label] = show(label, np.mean(error[:, first - 1 : last], 1))
+        for what in ("pulses", "resets"):
+            counts = np.sum(found[what][:, i], 1)  # [n, 2, H, 1], of a life
+            numbers[policy] |= {
+                label: show(label, x)
+                for label, x in (
+                    (f"{what} of the readout for a task", np.sum(counts, (1, 2, 3)) / N_LIFE),
+                    (f"{what} of a device in its life", np.mean(counts, (1, 2, 3))),
+                    (f"{what} of the busiest device in its life", np.max(counts, (1, 2, 3))),
+                )
+            }
+        drawn[policy] = range(1, N_LIFE + 1), numbers[policy]["error"]
+    return numbers, figures.lines(drawn, "task in sequence on one chip")
+
+
+# ---- networks that a study trains ----------------------------------------------------------------
+
+
+def trained(name, options, change=None, **flags):
+    """The Run of a network of these flags, its device as change makes it; trained once and kept."""
+    folder = Path("run/studies") / name
+    cfg, devices = train.configure({"n_iter": 800, **options.flags, **flags})
+    if change:
+        devices = tuple(map(change, devices))
+    run = train.Run(cfg, devices, train.start(train.stream(cfg, 0), cfg, devices))
+    if (folder / "checkpoint.npz").exists():
+        run = train.load(folder)
+    if (run.cfg, run.devices) != (cfg, devices):
+        raise train.UserError(f"{folder} holds a network of other settings: move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"network in {folder}", flush=True)
+    return train.train(run, folder)
+
+
+def bits(options):
+    """Bits of an update, real and ideal devices."""
+    numbers, drawn = {}, {}
+    kinds = {str(n): {"n_bits": n} for n in range(2, 7)}
+    kinds["real"] = {"n_bits": 6, "rule": "real"}
+    for name in ("pcm", "perf"):
+        found = {}
+        for kind, flags in kinds.items():
+            net = trained(f"{name}_bits_{kind}", options, device=name, **flags)
+            mse = tested(train.episode, options, net=net).measured["mse"]
+            found[kind] = show(f"{name}, {kind} bits", mse[:, -1])
+        numbers[name] = found
+        drawn[name] = range(2, 8), joined(found.values())
+    ticks = dict(zip(range(2, 8), kinds, strict=True))
+    return numbers, figures.lines(drawn, "bits of an update", ticks=ticks)
+
+
+def joined(summaries):
+    """The summaries of single numbers as one of a vector."""
+    return {name: [x.get(name, 0.0) for x in summaries] for name in ("mean", "ci95")}
+
+
+def steps(options):
+    """Looks at a task: networks trained for so many."""
+    numbers, drawn = {}, {}
+    for n_inner in (1, 2, 4, 8):
+        net = trained(f"looks_{n_inner}", options, n_inner=n_inner)
+        mse = tested(train.episode, options, net=net).measured["mse"]
+        label = f"trained for {n_inner}"
+        for k, errors in enumerate(mse.T):
+            show(f"{label} looks, after {k}", errors)
+        numbers[label] = train.summary(mse)
+        drawn[label] = range(n_inner + 1), numbers[label]
+    ticks = {k: str(k) for k in range(9)}
+    return numbers, figures.lines(drawn, "looks", ticks=ticks)
+
+
+# ---- limits --------------------------------------------------------------------------------------
+
+PULSE_NOISE = {"set_std_slope": 0.0, "set_std_offset": 0.0, "set_std_history": 0.0}
+READ_NOISE = {"read_slope": 0.0, "read_offset": 0.0}
+DRIFT = {"nu_mean": 0.0, "nu_std": 0.0}
+LACKS = {  # what is off: constants of the device
+    "pulse noise": PULSE_NOISE,
+    "read noise": READ_NOISE,
+    "drift": DRIFT,
+    "programming error": {},
+    "noise or drift at all": PULSE_NOISE | READ_NOISE | DRIFT,
+}
+
+
+def without(constants):
+    """A function of a device that returns it with other constants."""
+
+    def change(device):
+        known = analog.describe(device)
+        return analog.make({**known, **{k: v for k, v in constants.items() if k in known}})
+
+    return change
+
+
+def lacking(options, name, net):
+    """Errors of a network on chips that lack a non-ideality, and those of a network trained so."""
+    change = without(LACKS[name])
+    experiment, flags = train.episode, {}
+    if name not in ("pulse noise", "read noise", "drift"):
+        experiment, flags = train.quick_episode, {"off_noise": 0.0}
+    other = trained(f"no_{name.replace(' ', '_')}", options, change, **flags)
+    in_test = net._replace(cfg=dataclasses.replace(net.cfg, **flags), devices=other.devices)
+    return [
+        show(f"no {name}, {where}", tested(experiment, options, net=run).measured["mse"][:, -1])
+        for where, run in (("in the test", in_test), ("in training too", other))
+    ]
+
+
+def regression(key, cfg, device, meta):
+    """Squared errors of readouts of a chip that were found by regression on its noisy traces, [RIDGES]: as
+    computed, and as written to the chip and read; and of the best readout for all inputs."""
+    chip_key, trial_key, look_key, write_key, read_key, query_key = jax.random.split(key, 6)
+    chip = deployed(chip_key, cfg, device, meta)
+    trial = train.draw_trial(trial_key, cfg)
+    looks = train.look_at(look_key, cfg, device, chip, train.times_of(cfg, cfg.tread, 0.0))
+    second = jnp.tensordot(trial.support.share, looks.moments.second[0], 1)
+    first = trial.support.y @ looks.moments.first[0]
+    query = moments_at(query_key, cfg, device, chip, cfg.ttest)
+    eye = jnp.eye(len(first))
+
+    def fit(ridge):
+        w = jnp.linalg.solve(second + ridge * eye, first + ridge * looks.readout)
+        wanted = analog.conductances(device, jnp.clip(w, -1.0, 1.0)[:, None])
+        wanted = jnp.minimum(wanted, device.g_prog)
+        done = analog.program(write_key, device, chip.xbars.readout, wanted, cfg.tprog)
+        written = network.read_readout(read_key, device, done.xbar, cfg.ttest)
+        return {
+            "ridge regression": train.squared_error(query, trial.query, w),
+            "ridge regression, written": train.squared_error(query, trial.query, written),
+        }
+
+    best = jnp.linalg.solve(query.second[0] + 1e-5 * eye, trial.query.y @ query.first)
+    best = train.squared_error(query, trial.query, best)
+    return {**jax.lax.map(fit, jnp.array(RIDGES)), "best readout of all inputs": best[None]}
+
+
+def limits(options):
+    """One non-ideality off at a time; other rules; bounds of any rule for the readout."""
+    net = trained("as_is", options)
+    mse = tested(train.episode, options, net=net).measured["mse"]
+    rows = {"as it is": [show("as it is", mse[:, -1]), None]}
+    for name in LACKS:
+        rows[f"no {name}"] = lacking(options, name, net)
+    for label, flags in (
+        ("one threshold for all synapses", {"shared_thr": True}),
+        ("real-valued updates", {"rule": "real"}),
+    ):
+        other = trained(label.replace(" ", "_"), options, **flags)
+        mse = tested(train.episode, options, net=other).measured["mse"]
+        rows[label] = [None, show(label, mse[:, -1])]
+    for label, errors in tested(regression, options, net=net).items():
+        best = int(np.argmin(np.mean(errors, 0)))
+        note = f", ridge {RIDGES[best]:g}" if len(errors.T) > 1 else ""
+        rows[label] = [show(label + note, errors[:, best]), None]
+    return rows, figures.bars(rows, ("in the test", "in training too"))
+
+
+# ---- updates -------------------------------------------------------------------------------------
+
+
+def moves(key, cfg, device, meta):
+    """|ΔW| of one adaptation's pulses [H], 0 where there was none, and of 100 steps of gradient descent at the
+    largest stable rate and of Adam at 10⁻³ on the same task, [100, H]."""
+    chip_key, trial_key, learn_key, look_key = jax.random.split(key, 4)
+    chip = deployed(chip_key, cfg, device, meta)
+    trial = train.draw_trial(trial_key, cfg)
+    times = train.times_of(cfg, cfg.tread, 0.0)
+    readouts, pulses = learn(learn_key, cfg, device, meta, chip, trial, times)
+    moved = analog.weights(device, readouts[-1].g - readouts[0].g)[:, 0]
+    fired = jnp.any(sum(pulses) > 0, 0)[:, 0]
+    looks = train.look_at(look_key, cfg, device, chip, times)
+    moments = train.Moments(looks.moments.second[0], looks.moments.first[0])
+    second = jnp.tensordot(trial.support.share, moments.second, 1)
+    rate = 1 / jnp.maximum(jnp.linalg.eigvalsh(second)[-1], 1e-6)
+
+    def descent(step, gradient, memory):
+        return -gradient, memory
+
+    def walk(direction, memory, size):
+        def one(state, step):
+            w, memory = state
+            gradient = 2 * train.residual(moments, trial.support, w)
+            move, memory = direction(step, gradient, memory)
+            return (w + size * move, memory), size * jnp.abs(move)
+
+        return jax.lax.scan(one, (looks.readout, memory), jnp.arange(100.0))[1]
+
+    return {
+        "meta-learned pulses": jnp.where(fired, jnp.abs(moved), 0.0),
+        "gradient descent, largest stable rate": walk(descent, 0.0, rate),
+        "Adam at 0.001": walk(train.adam, train.adam_start(looks.readout), 1e-3),
+    }
+
+
+def updates(options):
+    """Sizes of pulses against those of gradient descent and Adam."""
+    numbers, drawn = {}, {}
+    for label, sizes in tested(moves, options).items():
+        drawn[label] = sizes[sizes > 0]
+        low, median, high = np.quantile(drawn[label], (0.05, 0.5, 0.95))
+        numbers[label] = {"median": median, "quantiles 0.05, 0.95": [low, high]}
+        print(f"  |ΔW| of {label:<40} median {median:.1e}, 90 % from {low:.1e} to {high:.1e}")
+    return numbers, figures.histograms(drawn, "|ΔW| of a synapse in one step")
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+OF_A_RUN = {f.__name__: f for f in (chips, drift, life, faults, updates)}
+TRAINING = {f.__name__: f for f in (limits, bits, steps)}
+
+
+def parse(argv):
+    """Name of a study, its Options and the folder of its figure."""
+    parser = train.Parser(
+        prog="studies.py",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", choices=[*OF_A_RUN, *TRAINING])
+    parser.add_argument("run", nargs="?", help="run folder")
+    parser.add_argument("--n", type=int, default=256, help="chips of a test (default: 256)")
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER / "gallery", help="folder of figures"
+    )
+    given, rest = parser.parse_known_args(argv)
+    needs_run = given.study in OF_A_RUN
+    if needs_run != (given.run is not None) or (needs_run and rest):
+        needs = (
+            "needs a run folder and no other flags" if needs_run else "trains its own networks"
+        )
+        raise train.UserError(f"{given.study} {needs}")
+    if given.n < 1:
+        raise train.UserError("--n must be at least 1")
+    run = train.load(given.run) if needs_run else None
+    return given.study, Options(run, given.n, train.parse(rest)[0]), given.out
+
+
+def main(argv=None):
+    """Run a study; the exit status."""
     try:
-        train.configure_devices()
-        globals()[arguments.study](arguments.n_iter)
+        train.configure_backend()
+        name, options, out = parse(argv)
+        numbers, figure = (OF_A_RUN | TRAINING)[name](options)
+        if options.run and options.run.devices[0].name != "pcm":
+            name += f"_{options.run.devices[0].name}"
+        out.mkdir(parents=True, exist_ok=True)
+        train.write(out / f"{name}.png", figures.png(figure))
+        train.write_json(out / f"{name}.json", numbers)
+        print(f"figure in {out / name}.png, numbers in {out / name}.json")
+        return 0
     except train.UserError as error:
-        sys.exit(f"studies.py: {error}")
+        print(f"studies.py: {error}", file=sys.stderr)
+        return error.status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,57 +1,129 @@
-"""Every test runs on the CPU, with strict dtype promotion and NaN checks, and imports the scripts from the folder above."""
+"""Every test runs on one CPU device, with checks for NaN, and imports the scripts from the folder
+above."""
+
+import contextlib
+import io
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = ("--xla_backend_optimization_level=0 "    # compile faster; the results are held against laws
-                           "--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())    # shared by workers and the runs they start
+# To compile faster; the results are held against laws.
+FASTER = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=FASTER)
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
+# Compiled programs are shared by the tests' workers and the runs that they start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import numpy as np
+import pytest
 
-import train  # noqa: E402
+import analog
+import train
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_nans", True)
+
+TINY = (
+    "--n_h0 5 --n_h1 4 --batch_train 4 --task_size 3 --dac_bits 3 --batch_test 5 "
+    "--n_iter 6 --lr_drop 3"
+).split()
 
 
 @pytest.fixture
 def x64():
     """Double precision for one test."""
     jax.config.update("jax_enable_x64", True)
+    analog.programming_error.cache_clear()  # as its draws depend on the precision
     yield
     jax.config.update("jax_enable_x64", False)
-
-
-TINY = ("--n_h0 5 --n_h1 4 --batch_train 3 --task_size 3 --dac_bits 3 --batch_test 5 --lr_drop 3").split()
-
-
-def launch(folder, *flags, **options):
-    """train.py as a subprocess in a folder."""
-    return subprocess.Popen([sys.executable, str(ROOT/"train.py"), *flags], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def call(capsys, *flags):
-    """Exit status, standard output and error of train.py in this process."""
-    status = train.main([*TINY, *flags])
-    return status, *capsys.readouterr()
+    analog.programming_error.cache_clear()
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
+    """An empty folder, the current one of the test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+# ---- runs of train.py ----------------------------------------------------------------------------
+
+
+def call(*flags):
+    """Exit status, standard output and error of a tiny run of train.py in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = train.main([*TINY, *flags])
+    return status, out.getvalue(), err.getvalue()
+
+
+def launch(folder, *arguments, **variables):
+    """Python as a subprocess with these arguments in a folder."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
 def arrays(folder):
-    with np.load(folder/"checkpoint.npz") as file:
+    """The arrays of a run's checkpoint by name."""
+    with np.load(folder / "checkpoint.npz") as file:
         return {name: file[name] for name in file.files}
+
+
+# ---- runs of stand-ins, where only what is around the computation is tested ----------------------
+
+
+def quick_chunk(cfg, devices, state, key, steps):
+    """Stands for train.train_chunk: every iteration moves the state by its own random number."""
+    time.sleep(0.02)
+    moves = [jax.random.uniform(jax.random.fold_in(key, step)) for step in steps]
+    measured = {"loss": float(sum(moves)), "rates": np.full(2, 100.0), "pulses": 3.0}
+    return jax.tree.map(lambda x: x + np.float32(sum(moves)), state), measured
+
+
+def quick_test(experiment, cfg, device, meta, n, key):
+    """Stands for train.test: random numbers that depend on the network."""
+    random = np.random.default_rng(abs(int(1e3 * np.sum(meta.log_theta))))
+    looks = (n, cfg.n_inner + 1)
+    measured = {"mse": random.random(looks), "mse_last": random.random(looks)}
+    measured |= {name: random.random(n) for name in ("pulses", "touched", "dw")}
+    measured["rates"] = random.random((n, 2))
+    trial = jax.vmap(lambda key: train.draw_trial(key, cfg))(jax.random.split(key, n))
+    curves = random.random((n, 3, 2**cfg.dac_bits))
+    return train.Episode(measured, jax.device_get(trial), curves)
+
+
+def quick_draw(run, episodes, results, folder):
+    """Stands for train.draw: no figure."""
+    return []
+
+
+QUICK = {"CHUNK": 2, "train_chunk": quick_chunk, "test": quick_test, "draw": quick_draw}
+
+
+@pytest.fixture
+def quick(here, monkeypatch):
+    """An empty folder in which runs are of stand-ins."""
+    for name, stand_in in QUICK.items():
+        monkeypatch.setattr(train, name, stand_in)
+    return here
+
+
+def quick_main():
+    """train.py with stand-ins, for a subprocess."""
+    for name, stand_in in QUICK.items():
+        setattr(train, name, stand_in)
+    sys.exit(train.main())

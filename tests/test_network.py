@@ -1,139 +1,211 @@
-"""The network against a plain loop, and its custom derivative against autodiff."""
+"""The network against a plain loop, its derivative against autodiff, and its chips."""
+
+import subprocess
+import sys
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+from conftest import ROOT
 
 import analog
-import benchmark
 import network
+from analog import PCM
 
-DECAY = network.Decay(float(np.exp(-0.1)), float(np.exp(-1.0)))
 KEY = jax.random.key(5)
+SIZES = (7, 6), (5, 6, 4)
 
 
-def weights(n_h0=7, n_h1=6):
-    return network.Network(*map(lambda g: 1.5*analog.weights(analog.PCM, g), network.init(KEY, analog.PCM, n_h0, n_h1)))
+start = jax.jit(network.start, static_argnums=(1, 2))
 
 
-def loop(w, u):
-    """Spikes of layer 0 [T, L, H0], potentials, spikes and traces of layer 1, by the equations, one number at a time."""
-    w0, w1 = np.asarray(w.hidden0), np.asarray(w.hidden1)
-    z0, v1, z1, e = (np.zeros((network.N_STEPS, len(u), n)) for n in (w0.shape[1], *3*[w1.shape[1]]))
-    for level, x in enumerate(np.asarray(u)):
-        v = np.zeros(w0.shape[1])
-        for t in range(network.N_STEPS):
-            for j in range(len(v)):
-                v[j] = DECAY.alpha*v[j] + x*w0[0, j] + w0[1, j] - (z0[t - 1, level, j] if t else 0)
-                z0[t, level, j] = v[j] > 1
-            for k in range(w1.shape[1]):
-                drive = sum(z0[t, level, j]*w1[j, k] for j in range(len(v))) + w1[-1, k]
-                last = (v1[t - 1, level, k], z1[t - 1, level, k], e[t - 1, level, k]) if t else (0, 0, 0)
-                v1[t, level, k] = DECAY.alpha*last[0] + drive - last[1]
-                z1[t, level, k] = v1[t, level, k] > 1
-                e[t, level, k] = DECAY.kappa*last[2] + z1[t, level, k]
-    return z0, v1, z1, e
+# ---- neurons -------------------------------------------------------------------------------------
 
 
-def test_simulation_equals_a_plain_loop(x64):
-    w, u = weights(), jnp.linspace(-5.0, 5.0, 9)
-    z0, _, z1, e = loop(w, u)
-    active = network.simulate(DECAY, w, u)
-    assert 0 < z1.mean() < 1
-    np.testing.assert_allclose(active.trace, e, atol=1e-12)
-    np.testing.assert_allclose(active.rate0, z0.mean(), atol=1e-12)
-    np.testing.assert_allclose(active.rate1, z1.mean(), atol=1e-12)
+def case(sizes):
+    """Dynamics, weights of a network that spikes, and inputs."""
+    alpha = tuple(np.exp(-np.arange(1, len(sizes) + 1) / 10).tolist())
+    g = start(KEY, PCM, sizes)
+    hidden = tuple(1.7 * analog.weights(PCM, g) + 0.05 for g in g.hidden)
+    readout = jax.random.normal(KEY, (sizes[-1],))
+    u = jnp.linspace(-5.0, 5.0, 9)
+    return network.Dynamics(alpha, 0.6, 0.7), network.Network(hidden, readout), u
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_simulation_equals_a_plain_loop(x64, sizes):
+    dynamics, w, u = case(sizes)
+    spikes, traces = oracle.loop(dynamics, w.hidden, u)
+    assert 0.02 < spikes[-1].mean() < 0.98
+    active = jax.jit(partial(network.simulate, dynamics))(w.hidden, u)
+    rates = [1000 * np.mean(z) for z in spikes]
+    np.testing.assert_allclose(active.trace, traces, atol=1e-12)
+    np.testing.assert_allclose(active.rates, rates, rtol=1e-12)
 
 
 def test_yardstick_equals_a_plain_loop(x64):
-    w, u = weights(), jnp.linspace(-5.0, 5.0, 4)
-    w = w._replace(readout=jax.random.normal(KEY, w.readout.shape))
-    e = loop(w, u)[3]
-    outputs = jax.vmap(lambda u: benchmark.output(DECAY, w, u), out_axes=1)(u)
-    np.testing.assert_allclose(outputs, e @ np.asarray(w.readout)[:, 0], atol=1e-12)
+    dynamics, w, u = case(SIZES[1])
+    _, traces = oracle.loop(dynamics, w.hidden, u)
+    expected = traces @ np.asarray(w.readout)
+    outputs = jax.vmap(partial(oracle.output, dynamics, w), out_axes=1)(u)
+    np.testing.assert_allclose(outputs, expected, atol=1e-12)
+    y = jnp.sin(u)
+    error = oracle.squared_error(dynamics, w, u, y)
+    np.testing.assert_allclose(error, np.mean((expected - np.asarray(y)) ** 2), rtol=1e-12)
 
 
-def test_custom_derivative_equals_autodiff(x64):
-    w, u = weights(), jnp.linspace(-5.0, 5.0, 9)
-    probe = jax.random.normal(KEY, (network.N_STEPS, 9, 6))
+def test_custom_derivative_equals_autodiff(x64, monkeypatch):
+    dynamics, w, u = case(SIZES[1])
+    probe = jax.random.normal(KEY, (network.N_STEPS, len(u), len(w.readout)))
 
-    def scalar(w):
-        active = network.simulate(DECAY, w, u)
-        return jnp.sum(probe*active.trace**2) + 3*active.rate0 + 5*active.rate1**2
+    def scalar(hidden, u):
+        active = network.simulate(dynamics, hidden, u)
+        rates = jnp.stack(active.rates)
+        return jnp.sum(probe * active.trace**2) + jnp.sum(rates**2)
 
-    fast = jax.grad(scalar)(w)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "lif_trace", lambda *inputs: network.lif(*inputs)[1])
-        plain = jax.grad(scalar)(w)
-    for a, b in zip(fast, plain):
-        np.testing.assert_allclose(a, b, atol=1e-10*max(1, np.abs(b).max()))
+    def plain(alpha, drive):
+        v = network.potentials(alpha, drive)
+        return network.spike(v - network.THRESHOLD)
+
+    custom = jax.jit(jax.grad(scalar, (0, 1)))(w.hidden, u)
+    monkeypatch.setattr(network, "lif", plain)
+    expected = jax.jit(jax.grad(scalar, (0, 1)))(w.hidden, u)
+    for a, b in zip(jax.tree.leaves(custom), jax.tree.leaves(expected), strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=1e-10 * np.abs(b).max())
 
 
-def test_surrogate_is_differentiable_twice():
-    first = jax.grad(network.spike)
-    for u in jnp.array([-2.0, -0.1, 0.3, 4.0]):
-        np.testing.assert_allclose(first(u), 1/(1 + abs(u))**2, rtol=1e-6)
-        np.testing.assert_allclose(jax.grad(first)(u), -2*np.sign(u)/(1 + abs(u))**3, rtol=1e-6)
+def test_derivative_of_a_spike_is_the_surrogate():
+    u = jnp.array([-2.0, -0.1, 0.3, 4.0])
+    first = jax.vmap(jax.grad(network.spike))
+    second = jax.vmap(jax.grad(jax.grad(network.spike)))
+    assert network.spike(u).tolist() == [0, 0, 1, 1]
+    assert np.all(network.spike(0 * u) == 0)
+    np.testing.assert_allclose(first(u), 1 / (1 + np.abs(u)) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(second(u), -2 * np.sign(u) / (1 + np.abs(u)) ** 3, rtol=1e-6)
+
+
+# ---- input and start -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_bits", [1, 7, 12])
 def test_input_converter(n_bits):
     n = 2**n_bits
     centres = network.level_centres(n_bits)
-    assert centres.shape == (n,) and np.array_equal(network.level(n_bits, centres), np.arange(n))
-    assert network.level(n_bits, -9.0) == 0 and network.level(n_bits, 9.0) == n - 1 == network.level(n_bits, 5.0)
-    x = np.random.default_rng(0).uniform(-5, 5, 1000).astype(np.float32)
-    assert np.abs(centres[network.level(n_bits, x)] - x).max() <= 5/n + 1e-5
+    found = network.level(n_bits, centres)
+    assert np.array_equal(found, np.arange(n))
+    ends = jnp.array([-9.0, -5.0, 5.0, 9.0])
+    assert network.level(n_bits, ends).tolist() == [0, 0, n - 1, n - 1]
+    x = jnp.linspace(-5.0, 5.0, 1000)
+    converted = centres[network.level(n_bits, x)]
+    assert np.abs(converted - x).max() <= 5 / n + 1e-5
 
 
 def test_start():
-    g = network.init(KEY, analog.PCM, 40, 30)
-    assert [x.shape for x in g] == [(2, 2, 40), (2, 41, 30), (2, 30, 1)]
-    w = network.Network(*map(lambda g: analog.weights(analog.PCM, g), g))
-    bound = (6/70)**0.5
-    assert 0.9 < np.abs(w.hidden0).max() <= 1 and 0.95*bound < np.abs(w.hidden1).max() <= bound
-    assert np.all(w.hidden1[-1] == 0) and np.all(g.readout == 0.5)
-    assert all(np.all(np.min(x, 0) == np.float32(0.1)) for x in g[:2])    # one-sided pairs
+    g = start(KEY, PCM, (40, 30, 20))
+    shapes = [x.shape for x in jax.tree.leaves(g)]
+    assert shapes == [(2, 2, 40), (2, 41, 30), (2, 31, 20), (2, 20, 1)]
+    first, *later = [analog.weights(PCM, x) for x in g.hidden]
+    assert 0.9 < np.abs(first).max() <= 1
+    for w, n in zip(later, (70, 50), strict=True):
+        bound = (6 / n) ** 0.5
+        largest = np.abs(w[:-1]).max()
+        assert 0.95 * bound < largest < 1.0001 * bound
+        assert np.all(w[-1] == 0)  # the bias
+    for x in g.hidden:
+        assert np.all(np.min(x, 0) == np.float32(PCM.g_min))  # one-sided pairs
+    np.testing.assert_allclose(g.readout, 0.5, rtol=1e-6)
 
 
-def test_reading_modules_changes_nothing():
-    import subprocess
-    import sys
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import analog, network, train; "
-            "assert 'matplotlib.pyplot' not in sys.modules; import jax; assert not jax.config.jax_enable_x64")
-    subprocess.run([sys.executable, "-c", code, str(network.__file__).rsplit("/", 1)[0]], check=True)
+# ---- chips ---------------------------------------------------------------------------------------
+
+LEVELS = np.array([2.0, 8.0, 4.0])  # µS, of all devices of a crossbar
 
 
-def crossbars(*levels):
-    """A Network of crossbars of 4,000 devices, each of one conductance, in µS."""
-    return network.Network(*(jnp.full((2, 50, 40), level) for level in levels))
+def chip_of(device, error_share):
+    """Chip of three crossbars of 4,000 devices, programmed with an error of that share of G."""
+
+    def make(key, g):
+        return analog.fabricate(key, device, g, error_share * g)
+
+    *hidden, readout = [jnp.full((2, 50, 40), level) for level in LEVELS.tolist()]
+    g = network.Network(tuple(hidden), readout)
+    return network.assemble(KEY, device, make, g)
 
 
-def test_each_crossbar_is_programmed_with_errors_of_its_own():
-    """The std of 4,000 devices within 5 standard errors of 5 % of their own crossbar's G; no two crossbars' correlate."""
-    chip = network.fabricate(KEY, analog.PCM, crossbars(1.0, 8.0, 3.0))
-    errors = [np.ravel(xbar.g - level) for xbar, level in zip(chip, (1.0, 8.0, 3.0))]
-    spreads = [np.ravel(xbar.nu - analog.PCM.nu_mean) for xbar in chip]
-    n = errors[0].size
-    np.testing.assert_allclose([x.std() for x in errors], [0.05, 0.4, 0.15], rtol=5/(2*n)**0.5)
-    np.testing.assert_allclose([x.std() for x in spreads], analog.PCM.nu_std, rtol=5/(2*n)**0.5)
-    correlation = np.corrcoef([*errors, *spreads])
-    assert np.abs(correlation - np.eye(6)).max() < 5/n**0.5
+def assert_own(samples, std):
+    """Check the spread of each row of samples, within 5 standard errors; no two may correlate."""
+    rows, n = samples.shape
+    np.testing.assert_allclose(samples.std(1), std, rtol=5 / (2 * n) ** 0.5)
+    correlation = np.corrcoef(samples) - np.eye(rows)
+    assert np.abs(correlation).max() < 5 / n**0.5
+
+
+def test_each_crossbar_has_errors_and_drift_of_its_own():
+    xbars = chip_of(PCM, 0.05).xbars
+    errors, drifts = [], []
+    for xbar, level in zip((*xbars.hidden, xbars.readout), LEVELS, strict=True):
+        errors.append(np.ravel(xbar.g) - level)
+        drifts.append(np.ravel(xbar.nu))
+    assert_own(np.array(errors + drifts), [*0.05 * LEVELS, 0.008, 0.008, 0.008])
 
 
 def test_each_crossbar_is_read_with_noise_of_its_own():
-    still = analog.PCM._replace(prog_err=0.0, nu_mean=0.0, nu_std=0.0)
-    chip = network.fabricate(KEY, still, crossbars(2.0, 8.0, 4.0))
-    noise = [np.ravel(w) for w in network.read(KEY, still, chip, 100.0)]    # of pairs of equal devices
-    n, std = noise[0].size, still.read_slope*np.array([2.0, 8.0, 4.0]) + still.read_offset
-    np.testing.assert_allclose([x.std() for x in noise], 2**0.5*std/(still.g_max - still.g_min), rtol=5/(2*n)**0.5)
-    assert np.abs(np.corrcoef(noise) - np.eye(3)).max() < 5/n**0.5
+    """Every read, too."""
+    still = PCM._replace(law=PCM.law._replace(nu_mean=0.0, nu_std=0.0))
+    chip = chip_of(still, 0.0)
+    reads = []
+    for key in jax.random.split(KEY):
+        reads += network.read_hidden(key, still, chip, 100.0, False)
+    samples = [np.ravel(w) for w in reads]
+    std = 2**0.5 * (0.03 * LEVELS[:2] + 0.13) / 11.9  # of the weight of two equal devices
+    assert_own(np.array(samples), [*std, *std])
 
 
-def test_devices_of_a_chip_stay_in_their_places():
-    g = network.init(KEY, analog.PERF, 7, 6)
-    chip = network.fabricate(KEY, analog.PERF, g)
-    for xbar, target, w in zip(chip, g, network.read(KEY, analog.PERF, chip, 100.0)):
-        np.testing.assert_allclose(xbar.g, target, rtol=1e-6)
-        np.testing.assert_allclose(w, analog.weights(analog.PERF, target), atol=1e-6)
-        assert all(field.shape == target.shape for field in xbar) and not np.any(xbar.t_prog)
+def ramp(first, last, shape):
+    """Array from first to last."""
+    return jnp.linspace(first, last, np.prod(shape)).reshape(shape)
+
+
+CELLS = network.Network((ramp(2, 9, (2, 6, 5)), ramp(9, 2, (2, 6, 5))), ramp(2, 7, (2, 5, 1)))
+
+
+# Without noise, and all devices drift alike.
+EQUAL = PCM._replace(law=analog.Nandakumar(0.04, 0.0, 0.0, 0.0))
+
+
+def test_devices_keep_their_places_and_drift_is_undone():
+    def make(key, g):
+        return analog.fabricate(key, EQUAL, g)
+
+    chip = jax.jit(partial(network.assemble, device=EQUAL, make=make))(KEY, g=CELLS)
+    w = jax.tree.map(partial(analog.weights, EQUAL), CELLS)
+    plain = network.read_hidden(KEY, EQUAL, chip, 1e6, False)
+    compensated = network.read_hidden(KEY, EQUAL, chip, 1e6, True)
+    readout = network.read_readout(KEY, EQUAL, chip.xbars.readout, 1e6)
+    factor = (1e6 / 38.6) ** -0.04
+    for expected, drifted, restored in zip(w.hidden, plain, compensated, strict=True):
+        np.testing.assert_allclose(drifted, factor * expected, atol=1e-6)
+        np.testing.assert_allclose(restored, expected, atol=1e-6)
+    np.testing.assert_allclose(readout, factor * w.readout[:, 0], atol=1e-6)
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+IMPORT = """
+import os, signal, sys
+before = dict(os.environ), [signal.getsignal(s) for s in signal.valid_signals()]
+import analog, network, train
+after = dict(os.environ), [signal.getsignal(s) for s in signal.valid_signals()]
+assert before == after
+assert 'matplotlib.pyplot' not in sys.modules
+import jax
+assert not jax.config.jax_enable_x64
+"""
+
+
+def test_importing_changes_nothing():
+    subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, check=True)

@@ -1,0 +1,56 @@
+"""Draw a network at work on one input: python network.py [RUN], by default of img/trained."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import network
+import train
+from img import figures
+
+FOLDER = Path(__file__).parent
+INPUT = 1.5
+
+
+def run_of(argv):
+    """The Run of the folder on the command line, or of img/trained, or else before training."""
+    folder = Path(argv[0]) if argv else FOLDER / "trained"
+    if argv or (folder / "config.json").exists():
+        return train.load(folder)
+    cfg, devices = train.configure({})
+    return train.Run(cfg, devices, train.start(train.stream(cfg, 0), cfg, devices))
+
+
+def present(run):
+    """Spikes [T, n] and membranes [T, n] of each layer, and the output [T], of a new chip at INPUT."""
+    cfg, device, meta = run.cfg, run.devices[0], run.state.meta
+    keys = jax.random.split(jax.random.key(0), 3)
+    chip = network.assemble(keys[0], device, train.injected(cfg, device), meta.g)
+    w = network.read_hidden(keys[1], device, chip, cfg.tread, cfg.compensate)
+    dynamics = train.dynamics_of(cfg)
+    signal = jnp.full((network.N_STEPS, 1), INPUT)
+    spikes, membranes = [], []
+    for alpha, weights in zip(dynamics.alpha, w, strict=True):
+        membranes.append(network.potentials(alpha, signal @ weights[:-1] + weights[-1]))
+        signal = network.spike(membranes[-1] - network.THRESHOLD)
+        spikes.append(signal)
+    readout = network.read_readout(keys[2], device, chip.xbars.readout, cfg.tread)
+    return spikes, membranes, network.trace(dynamics, signal) @ readout
+
+
+def main():
+    """Draw the network of the command line, and end the process if it cannot be loaded."""
+    try:
+        spikes, membranes, output = jax.device_get(present(run_of(sys.argv[1:])))
+        busiest = np.argmax(np.sum(spikes[-1], 0))
+        t = 1e3 * network.DT * np.arange(1, network.N_STEPS + 1)
+        figure = figures.presentation(t, INPUT, spikes, membranes[-1][:, busiest], output)
+        path = FOLDER / "network.png"
+        train.write(path, figures.png(figure))
+        print(f"figure in {path}")
+    except train.UserError as error:
+        print(f"network.py: {error}", file=sys.stderr)
+        sys.exit(error.status)
