@@ -1,4 +1,7 @@
-"""The figures, from plain arrays: one colour a quantity, told apart in grey, and nothing of the user's settings."""
+"""The figures, from plain arrays.
+
+One colour a quantity, told apart in grey; the user's settings of matplotlib have no say.
+"""
 
 import io
 
@@ -44,7 +47,8 @@ def empty(height, *shape, **options):
 
 
 def band(axes, x, mean, half, **style):
-    """Draw means [len(x)] as a line, and their intervals of half-widths [len(x)] as a band."""
+    """Draw means [len(x)] as a line, and their intervals of half-widths [len(x)] as a
+    band."""
     mean, half = np.asarray(mean), np.asarray(half)
     axes.plot(x, mean, ms=4, **style)
     low = np.maximum(mean - half, mean / 10)  # a logarithmic axis has no 0
@@ -58,7 +62,8 @@ def legend_above(figure, axes, n_columns):
 
 
 def plain_ticks(axis):
-    """Write the ticks of a logarithmic axis as plain numbers, the more the shorter it is."""
+    """Write the ticks of a logarithmic axis as plain numbers, the more the shorter it
+    is."""
     low, high = axis.get_view_interval()
     steps = [1, 1.5, 2, 3, 4, 5, 7]
     if high > 8 * low:
@@ -90,7 +95,8 @@ def mark_level(axes, level, label, above):
 
 @plain
 def training(rows, yardsticks, n_chips):
-    """Figure of the errors against meta-iterations; rows of metrics.csv, yardsticks {label: error}."""
+    """Figure of the errors against meta-iterations; rows of metrics.csv, yardsticks {label:
+    error}."""
     figure, axes = empty(4.2)
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     step = columns["step"]
@@ -135,7 +141,8 @@ def show_task(axes, levels, curves, x, y):
 
 
 def mark_mean(axes, x, height, text, color):
-    """Draw a line at x up to a height (share of the axes), its text to the left of the top."""
+    """Draw a line at x up to a height (share of the axes), its text to the left of the
+    top."""
     transform = axes.get_xaxis_transform()
     axes.plot([x, x], [0, height], color=color, lw=2, transform=transform)
     axes.annotate(
@@ -158,7 +165,8 @@ def show_counts(axes, values, edges, color, style):
 
 
 def show_errors(axes, before, after, n_pulses):
-    """Draw the distributions of the errors [n] of chips before and after adaptation, means marked."""
+    """Draw the distributions of the errors [n] of chips before and after adaptation, means
+    marked."""
     before = np.maximum(before, LEAST)
     after = np.maximum(after, LEAST)
     low = min(before.min(), after.min(), after.mean() / 20)
@@ -177,7 +185,8 @@ def show_errors(axes, before, after, n_pulses):
 
 @plain
 def testing(levels, episodes, results):
-    """Figure of four tasks at inputs levels [L], and of all chips' errors; results as in results.json."""
+    """Figure of four tasks at inputs levels [L], and of all chips' errors; results as in
+    results.json."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplot_mosaic("AABBEEEE\nCCDDEEEE")
     trial = episodes.trial
@@ -201,7 +210,8 @@ def testing(levels, episodes, results):
 
 @plain
 def laws(name, panels):
-    """Figure of a device's laws, a panel for each (x label, y label, x, law, samples [n, x])."""
+    """Figure of a device's laws, a panel for each (x label, y label, x, law, samples [n,
+    x])."""
     figure, axes = empty(6.4, 2, 2)
     figure.suptitle(f"{name}: laws and simulated devices", fontsize=12)
     for ax, (xlabel, ylabel, x, law, samples) in zip(axes.flat, panels, strict=True):
@@ -220,7 +230,8 @@ def laws(name, panels):
 
 @plain
 def presentation(t, u, spikes, v, output):
-    """Figure of one input u at times t (ms): spikes [T, n] of layers, a membrane v and the output."""
+    """Figure of one input u at times t (ms): spikes [T, n] of layers, a membrane v and the
+    output."""
     ratios = (0.5, *(1.3 for _ in spikes), 1, 1)
     figure, axes = empty(7.2, len(ratios), sharex=True, height_ratios=ratios)
     axes[0].plot(t, np.full(len(t), u), color=TRUTH)
@@ -248,7 +259,8 @@ def half_width(summary):
 
 @plain
 def lines(found, xlabel, xscale="linear", ticks=None):
-    """Figure of errors along x, a line for each label of found, {label: (x, summary)}; ticks {x: label}."""
+    """Figure of errors along x, a line for each label of found, {label: (x, summary)};
+    ticks {x: label}."""
     figure, axes = empty(4.5)
     for (label, (x, summary)), style in zip(found.items(), STYLES, strict=False):
         band(axes, x, summary["mean"], half_width(summary), label=label, **style)
@@ -261,7 +273,8 @@ def lines(found, xlabel, xscale="linear", ticks=None):
 
 @plain
 def bars(rows, groups):
-    """Figure of errors, a bar for each group with a summary in a row of rows, {label: [summary or None]}."""
+    """Figure of errors, a bar for each group with a summary in a row of rows, {label:
+    [summary or None]}."""
     figure, axes = empty(1.5 + 0.45 * len(rows))
     width = 0.8 / len(groups)
     for k, (group, style) in enumerate(zip(groups, STYLES, strict=False)):
@@ -286,7 +299,8 @@ def bars(rows, groups):
 
 @plain
 def histograms(samples, xlabel):
-    """Figure of the distributions of positive samples, {label: values}, on a logarithmic axis."""
+    """Figure of the distributions of positive samples, {label: values}, on a logarithmic
+    axis."""
     figure, axes = empty(4.2)
     low = min(np.quantile(x, 0.002) for x in samples.values())
     high = max(x.max() for x in samples.values())

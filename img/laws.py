@@ -67,9 +67,7 @@ def read_noise(device, targets):
 def report(device, targets, done):
     """Print what programming takes and leaves by range of targets."""
     error = done.xbar.g - targets
-    print(
-        f"{device.name}: to program a device to a target takes and leaves, mean of {2 * N} devices a target"
-    )
+    print(f"{device.name}: what programming takes and leaves, mean of {2 * N} devices a target")
     print("  targets (µS)     SET pulses    RESETs     reads   rms error (µS)")
     for part in np.array_split(np.arange(N_TARGETS), 4):
         pulses, resets, reads = (np.mean(x[..., part]) for x in done[1:])

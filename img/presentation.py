@@ -16,7 +16,8 @@ INPUT = 1.5
 
 
 def run_of(argv):
-    """The Run of the folder on the command line, or of img/trained, or else before training."""
+    """The Run of the folder on the command line, or of img/trained, or else before
+    training."""
     folder = Path(argv[0]) if argv else FOLDER / "trained"
     if argv or (folder / "config.json").exists():
         return train.load(folder)
@@ -25,7 +26,8 @@ def run_of(argv):
 
 
 def present(run):
-    """Spikes [T, n] and membranes [T, n] of each layer, and the output [T], of a new chip at INPUT."""
+    """Spikes [T, n] and membranes [T, n] of each layer, and the output [T], of a new chip
+    at INPUT."""
     cfg, device, meta = run.cfg, run.devices[0], run.state.meta
     keys = jax.random.split(jax.random.key(0), 3)
     chip = network.assemble(keys[0], device, train.injected(cfg, device), meta.g)

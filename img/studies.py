@@ -1,7 +1,7 @@
 """Studies of a meta-trained network: each prints a table and writes its figure and numbers.
 
     python img/studies.py chips|drift|life|faults|updates RUN [--n 256] [--out DIR]
-    python img/studies.py limits|bits|steps [--n 256] [--out DIR] [--n_iter 800] [other flags of train.py]
+    python img/studies.py limits|bits|steps [--n 256] [--out DIR] [flags of train.py]
 
 chips     one network on chips of every built-in device
 drift     how a task that was learned ages, and how an old chip learns
@@ -88,7 +88,8 @@ def meet(key, cfg, device, meta, chip, trial, times):
 
 
 def tested(experiment, options, device=None, net=None):
-    """What an experiment measures on the chips of a network, by default the run's, on its device."""
+    """What an experiment measures on the chips of a network, by default the run's, on its
+    device."""
     net = net or options.run
     device = device or net.devices[0]
     meta = train.project((device,), net.state.meta)
@@ -135,7 +136,8 @@ def faults(options):
 
 
 def aged(key, cfg, device, meta):
-    """Squared errors [ages] of one chip by what was done, times in seconds since deployment."""
+    """Squared errors [ages] of one chip by what was done, times in seconds since
+    deployment."""
     chip_key, trial_key, first_key, reference_key, ages_key = jax.random.split(key, 5)
     wait = cfg.ttest - cfg.tprog
     chip = deployed(chip_key, cfg, device, meta)
@@ -165,7 +167,8 @@ def aged(key, cfg, device, meta):
 
 
 def kept(key, cfg, device, chip, readout, reference, trial, t):
-    """Squared errors at time t (s) of a readout that was adapted long before, by compensation."""
+    """Squared errors at time t (s) of a readout that was adapted long before, by
+    compensation."""
     hidden_key, readout_key = jax.random.split(key)
     g = analog.read(readout_key, device, readout, t)
     w = analog.weights(device, g)[:, 0]
@@ -222,8 +225,8 @@ def leave(device, key, readout, target, t):
 
 
 def refresh(device, key, readout, target, t):
-    """analog.Programmed of a readout whose weights were read, without their mean drift, and written again
-    with one device of each pair at g_min."""
+    """analog.Programmed of a readout whose weights were read, without their mean drift, and
+    written again with one device of each pair at g_min."""
     read_key, program_key = jax.random.split(key)
     g = analog.read(read_key, device, readout, t)
     nu, _ = device.law.nu_law(g / device.g_max)
@@ -238,7 +241,8 @@ POLICIES = {"nothing": leave, "restore": restore, "reset": erase, "refresh": ref
 
 
 def lives(key, cfg, device, meta):
-    """Squared errors [policies, N_LIFE] of one chip, pulses and RESETs [policies, N_LIFE, 2, H, 1]."""
+    """Squared errors [policies, N_LIFE] of one chip, pulses and RESETs [policies, N_LIFE,
+    2, H, 1]."""
     chip_key, life_key = jax.random.split(key)
     chip = deployed(chip_key, cfg, device, meta)
     wait = cfg.ttest - cfg.tprog
@@ -300,7 +304,8 @@ def life(options):
 
 
 def trained(name, options, change=None, **flags):
-    """The Run of a network of these flags, its device as change makes it; trained once and kept."""
+    """The Run of a network of these flags, its device as change makes it; trained once and
+    kept."""
     folder = Path("run/studies") / name
     cfg, devices = train.configure({"n_iter": 800, **options.flags, **flags})
     if change:
@@ -377,7 +382,8 @@ def without(constants):
 
 
 def lacking(options, name, net):
-    """Errors of a network on chips that lack a non-ideality, and those of a network trained so."""
+    """Errors of a network on chips that lack a non-ideality, and those of a network trained
+    so."""
     change = without(LACKS[name])
     experiment, flags = train.episode, {}
     if name not in ("pulse noise", "read noise", "drift"):
@@ -391,8 +397,9 @@ def lacking(options, name, net):
 
 
 def regression(key, cfg, device, meta):
-    """Squared errors of readouts of a chip that were found by regression on its noisy traces, [RIDGES]: as
-    computed, and as written to the chip and read; and of the best readout for all inputs."""
+    """Squared errors of readouts of a chip that were found by regression on its noisy
+    traces, [RIDGES]: as computed, and as written to the chip and read; and of the best
+    readout for all inputs."""
     chip_key, trial_key, look_key, write_key, read_key, query_key = jax.random.split(key, 6)
     chip = deployed(chip_key, cfg, device, meta)
     trial = train.draw_trial(trial_key, cfg)
@@ -443,8 +450,9 @@ def limits(options):
 
 
 def moves(key, cfg, device, meta):
-    """|ΔW| of one adaptation's pulses [H], 0 where there was none, and of 100 steps of gradient descent at the
-    largest stable rate and of Adam at 10⁻³ on the same task, [100, H]."""
+    """|ΔW| of one adaptation's pulses [H], 0 where there was none, and of 100 steps of
+    gradient descent at the largest stable rate and of Adam at 10⁻³ on the same task, [100,
+    H]."""
     chip_key, trial_key, learn_key, look_key = jax.random.split(key, 4)
     chip = deployed(chip_key, cfg, device, meta)
     trial = train.draw_trial(trial_key, cfg)

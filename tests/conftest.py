@@ -87,7 +87,8 @@ def arrays(folder):
 
 
 def quick_chunk(cfg, devices, state, key, steps):
-    """Stands for train.train_chunk: every iteration moves the state by its own random number."""
+    """Stands for train.train_chunk: every iteration moves the state by its own random
+    number."""
     time.sleep(0.02)
     moves = [jax.random.uniform(jax.random.fold_in(key, step)) for step in steps]
     measured = {"loss": float(sum(moves)), "rates": np.full(2, 100.0), "pulses": 3.0}

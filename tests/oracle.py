@@ -31,7 +31,8 @@ def output(dynamics, w, u):
 
 
 def squared_error(dynamics, w, u, y):
-    """Mean over samples [N] and time steps, of the network with inputs u [N] and targets y [N]."""
+    """Mean over samples [N] and time steps, of the network with inputs u [N] and targets y
+    [N]."""
     outputs = jax.vmap(partial(output, dynamics, w))(u)
     return jnp.mean((outputs - y[:, None]) ** 2)
 
@@ -69,7 +70,8 @@ def presentation(dynamics, hidden, x):
 
 
 def loop(dynamics, hidden, u):
-    """Spikes of each layer, a list of [T, L, neurons], and traces [T, L, H] for inputs u [L]."""
+    """Spikes of each layer, a list of [T, L, neurons], and traces [T, L, H] for inputs u
+    [L]."""
     hidden = [np.asarray(w) for w in hidden]
     shown = [presentation(dynamics, hidden, x) for x in np.asarray(u)]
     layers, traces = zip(*shown, strict=True)

@@ -187,7 +187,8 @@ def test_shares_of_stuck_devices():
 
 
 def assert_only(acted, before, after):
-    """Check that devices have changed where acted is true, at 9 s, and in no part elsewhere."""
+    """Check that devices have changed where acted is true, at 9 s, and in no part
+    elsewhere."""
     acted = np.asarray(acted)
     for old, new in zip(before, after, strict=True):
         assert np.array_equal(old[~acted], new[~acted])
@@ -252,7 +253,8 @@ def test_clip_has_derivative_one_on_the_closed_range():
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=name_of)
 def test_gradients_are_finite_everywhere(device):
-    """At the ends and the middle of the range, with a pulse and without, at the instant of it."""
+    """At the ends and the middle of the range, with a pulse and without, at the instant of
+    it."""
 
     def through(g, amount):
         xbar = analog.fabricate(KEY, device, g, 0.1)

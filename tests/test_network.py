@@ -126,7 +126,8 @@ LEVELS = np.array([2.0, 8.0, 4.0])  # µS, of all devices of a crossbar
 
 
 def chip_of(device, error_share):
-    """Chip of three crossbars of 4,000 devices, programmed with an error of that share of G."""
+    """Chip of three crossbars of 4,000 devices, programmed with an error of that share of
+    G."""
 
     def make(key, g):
         return analog.fabricate(key, device, g, error_share * g)
@@ -137,7 +138,8 @@ def chip_of(device, error_share):
 
 
 def assert_own(samples, std):
-    """Check the spread of each row of samples, within 5 standard errors; no two may correlate."""
+    """Check the spread of each row of samples, within 5 standard errors; no two may
+    correlate."""
     rows, n = samples.shape
     np.testing.assert_allclose(samples.std(1), std, rtol=5 / (2 * n) ** 0.5)
     correlation = np.corrcoef(samples) - np.eye(rows)

@@ -134,7 +134,8 @@ def plain_squared_error(cfg, moments, task, w):
 
 
 def make_plain(patch, cfg):
-    """Replace closed forms and the custom derivative by explicit squared errors and autodiff."""
+    """Replace closed forms and the custom derivative by explicit squared errors and
+    autodiff."""
 
     def traces_themselves(e):
         return train.Moments(e, e)
@@ -394,7 +395,8 @@ LENGTH = 150
 
 @functools.cache
 def learned():
-    """Config, device, states and means of two chunks of a run on ideal devices, and episodes."""
+    """Config, device, states and means of two chunks of a run on ideal devices, and
+    episodes."""
     cfg, devices = configured(
         device="perf",
         n_h0=14,
@@ -432,7 +434,8 @@ def test_chunks_do_not_change_the_run():
 
 
 def plain_episode(cfg, device, meta, x, y):
-    """What an episode on ideal devices measures, by a plain loop over neurons and time steps."""
+    """What an episode on ideal devices measures, by a plain loop over neurons and time
+    steps."""
 
     def weights(g):
         return (g[0] - g[1]) / (device.g_max - device.g_min)
