@@ -19,9 +19,10 @@ N_TARGETS = 16  # of program-and-verify
 
 
 def blank(device, shape):
-    """Sound devices [2, *shape] after RESET at t = 0."""
-    zero = jnp.zeros((2, *shape))
-    xbar = analog.Crossbar(zero, zero, zero, zero, zero == 0)
+    """Sound devices [2, *shape] after RESET at t = 0, each with a drift exponent of its own."""
+    sound = device._replace(stuck_low=0.0, stuck_high=0.0)
+    lowest = jnp.full((2, *shape), device.g_min)
+    xbar = analog.fabricate(jax.random.key(6), sound, lowest)
     return analog.reset(jax.random.key(0), device, xbar, xbar.free, 0.0)
 
 
