@@ -287,8 +287,8 @@ def test_an_ended_run_goes_on_and_ends_the_same(quick):
     "name, value, words",
     [
         ("loss", np.nan, "not finite"),
-        ("rates", np.array([0.0, 9.0]), "layer 0 are silent"),
-        ("rates", np.array([9.0, 999.0]), "layer 1 are silent or fire"),
+        ("rates", np.array([0.0, 9.0]), "layer 0 is silent"),
+        ("rates", np.array([9.0, 999.0]), "layer 1 is silent or fires"),
     ],
 )
 def test_a_run_that_diverges_stops_with_one_line(quick, monkeypatch, name, value, words):

@@ -206,7 +206,7 @@ def test_times_of_an_adaptation():
 @functools.cache
 def met():
     """What a chip and 3 tasks with the same samples have done, and the times."""
-    cfg, devices = configured(n_inner=3, grad_thr=0.05)
+    cfg, devices = configured(device="ibm", n_inner=3, grad_thr=0.05)
     times = train.times_of(cfg, cfg.tread, cfg.twait)
     trial = train.draw_trial(KEY, cfg)
     make = train.injected(cfg, devices[0])
@@ -345,7 +345,7 @@ if jax.process_index() == 0:
 
 def on_chips_of_a_network(n_chips):
     """Chips, moments and tasks drawn on as many devices as there are."""
-    cfg, devices = configured()
+    cfg, devices = configured(device="ibm", n_chips=2)
 
     def one(key, g):
         make = train.injected(cfg, devices[0])
@@ -486,6 +486,6 @@ def test_the_shipped_network_learns_a_new_task():
         pytest.skip("no trained network")
     run = train.load(folder)
     key = jax.random.key(1)
-    episodes = train.test(train.episode, run.cfg, run.devices[0], run.state.meta, 64, key)
+    episodes = train.test(train.quick_episode, run.cfg, run.devices[0], run.state.meta, 64, key)
     before, *_, after = np.mean(episodes.measured["mse"], 0)
     assert 2.2 < before < 4.2 and 0.5 < after < 1.1
