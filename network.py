@@ -219,7 +219,8 @@ def read_hidden(key, device, chip, t, compensate):
 
 def read_readout(key, device, readout, t):
     """Weights [neurons] of the readout from one read at time t (s)."""
-    return analog.weights(device, analog.read(key, device, readout, t))[:, 0]
+    g = analog.read(key, device, readout, t)
+    return analog.weights(device, g)[:, 0]
 
 
 def start(key, device, sizes):
@@ -232,7 +233,8 @@ def start(key, device, sizes):
         inner = jax.random.uniform(key, (n_in, n_out), minval=-bound, maxval=bound)
         w.append(jnp.concatenate([inner, jnp.zeros((1, n_out))]))
     hidden = tuple(analog.conductances(device, w) for w in w)
-    readout = jnp.full((2, sizes[-1], 1), device.g_min + READOUT_START * analog.span(device))
+    lowest = device.g_min + READOUT_START * analog.span(device)
+    readout = jnp.full((2, sizes[-1], 1), lowest)
     return Network(hidden, readout)
 
 

@@ -919,11 +919,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def build_parser():
-    """The parser of the command line."""
-    parser = Parser(
-        prog="train.py", allow_abbrev=False, description=(__doc__ or "").split("\n\n")[0]
-    )
+def add_settings(parser):
+    """Give the parser a flag for every setting."""
     for field in dataclasses.fields(Config):
         default = "" if field.default is None else f" (default: {field.default})"
         kind = {"type": field.type, "metavar": field.metadata["unit"]}
@@ -931,6 +928,14 @@ def build_parser():
             kind = {"action": argparse.BooleanOptionalAction}
         text = field.metadata["help"] + default
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+
+
+def build_parser():
+    """The parser of the command line."""
+    parser = Parser(
+        prog="train.py", allow_abbrev=False, description=(__doc__ or "").split("\n\n")[0]
+    )
+    add_settings(parser)
     parser.add_argument(
         "--perf", action="store_true", help="ideal devices, the same as --device perf"
     )
