@@ -530,8 +530,9 @@ def injected(cfg, device):
     normal draw."""
 
     def make(key, g):
-        error_std = analog.error_of_programming(device, g)
-        if cfg.off_noise is not None:
+        if cfg.off_noise is None:
+            error_std = analog.error_of_programming(device, g)
+        else:
             error_std = cfg.off_noise * jnp.max(g)
         return analog.fabricate(key, device, g, error_std)
 
