@@ -159,7 +159,8 @@ def test_the_unit_of_conductance_does_not_matter(whole, tmp_path):
     np.testing.assert_allclose(also["loss"], found["loss"], rtol=1e-3)
     np.testing.assert_allclose(hundred.meta.log_theta, pcm.meta.log_theta, atol=1e-3)
     for a, b in zip(jax.tree.leaves(hundred.meta.g), jax.tree.leaves(pcm.meta.g), strict=True):
-        np.testing.assert_allclose(a / 100, b, atol=1e-2)
+        # Adam's first steps of 0.1 have that size however small, and rounded, a gradient is.
+        np.testing.assert_allclose(a / 100, b, atol=0.05)
 
 
 # ---- run folders ---------------------------------------------------------------------------------
