@@ -46,113 +46,96 @@ from tqdm import tqdm
 
 import analog
 import network
+from img import figures
 
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
-TEST_CHIPS = 64  # chips tested at a time, and for a row of metrics.csv
+TEST_CHIPS = 64  # chips tested for a row of metrics.csv
+LOG = 1000  # meta-iterations between two lines of a log
+JOINING = 300  # s, to wait for other hosts
 LR_THETA = 0.1  # step of the optimizer for ln θ
 LR_SHARE = 0.1 / 11.9  # default of lr_out, share of the device's range: 0.1 µS on PCM
 
 
 # ---- settings ------------------------------------------------------------------------------------
 
+COUNT = 0, 2**31 - 1
+SIZE = 1, 2**20
+NEURONS = 1, 2**12
+DECAY = 1e-4, 1.0  # s
+TIME = 1e-3, 1e7  # s; beyond, float32 loses whole seconds
+SWITCH = False, True
+NAME = None
 
-def setting(default, unit, help, low=None, high=None):
-    """A setting of the command line, from low to high."""
-    bounds = {"unit": unit, "help": help, "low": low, "high": high}
-    return dataclasses.field(default=default, metadata=bounds)
 
-
-MANY = 2**20
+def setting(default, bounds, help):
+    """A setting of the command line, with its lowest and its highest value."""
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "help": help})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run, and of the command line."""
 
-    seed: int = setting(0, "N", "seed of every random draw", 0, 2**32 - 1)
-    n_iter: int = setting(4000, "N", "meta-iterations", 0, 2**31 - 1)
+    seed: int = setting(0, (0, 2**32 - 1), "seed of every random draw")
+    n_iter: int = setting(4000, COUNT, "meta-iterations")
     device: str = setting(
         "pcm",
-        "NAMES",
+        NAME,
         f"{', '.join(analog.DEVICES)} or a JSON file; several, by commas, are trained together",
     )
-    tasks: str = setting("sinusoids", "NAME", "family of tasks")
-    rule: str = setting(
-        "comparators", "NAME", "how a gradient becomes pulses: comparators or real"
-    )
-    optimizer: str = setting("adam", "NAME", "optimizer of the outer loop")
-    n_inner: int = setting(1, "N", "looks: times that a new task is read and pulsed", 1, 16)
+    tasks: str = setting("sinusoids", NAME, "family of tasks")
+    rule: str = setting("comparators", NAME, "how a gradient becomes pulses")
+    optimizer: str = setting("adam", NAME, "optimizer of the outer loop")
+    n_inner: int = setting(1, (1, 16), "looks: times that a new task is read and pulsed")
     n_bits: int = setting(
-        2, "BITS", "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and look", 2, 8
+        2, (2, 8), "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and look"
     )
     grad_thr: float = setting(
-        1.0, "MSE/W", "thresholds at the start of meta-training", 1e-6, 1e6
+        1.0, (1e-6, 1e6), "thresholds at the start, squared error per unit of weight"
     )
-    shared_thr: bool = setting(False, "", "one threshold for all synapses of a look")
-    task_size: int = setting(20, "N", "support samples of a task", 1, MANY)
+    shared_thr: bool = setting(False, SWITCH, "one threshold for all synapses of a look")
+    task_size: int = setting(20, SIZE, "support samples of a task")
     batch_train: int = setting(
-        256,
-        "N",
-        "tasks per chip and meta-iteration; where several devices are trained, they share them",
-        1,
-        MANY,
+        256, SIZE, "tasks per chip and meta-iteration; several devices share them"
     )
-    n_chips: int = setting(1, "N", "chips of each device per meta-iteration", 1, MANY)
+    n_chips: int = setting(1, SIZE, "chips of each device per meta-iteration")
     batch_test: int = setting(
-        1024, "N", "tasks of the meta-test, each on a chip of its own", 4, MANY
+        1024, (4, 2**20), "tasks of the meta-test, each on a chip of its own"
     )
-    n_h0: int = setting(40, "N", "neurons of layer 0", 1, 2**12)
-    n_h1: int = setting(40, "N", "neurons of layer 1", 1, 2**12)
-    dac_bits: int = setting(7, "BITS", "resolution of the input converter", 1, 12)
-    tau_mem: float = setting(0.01, "S", "time constant of the membranes, s", 1e-4, 1)
-    tau_out: float = setting(0.002, "S", "time constant of the readout, s", 1e-4, 1)
-    gain_out: float = setting(1.0, "GAIN", "what one spike adds to its trace", 1e-3, 1e3)
-    compensate: bool = setting(True, "", "drift compensation of the hidden crossbars")
+    n_h0: int = setting(40, NEURONS, "neurons of layer 0")
+    n_h1: int = setting(40, NEURONS, "neurons of layer 1")
+    dac_bits: int = setting(7, (1, 12), "bits of the input converter")
+    tau_mem: float = setting(0.01, DECAY, "time constant of the membranes, s")
+    tau_out: float = setting(0.002, DECAY, "time constant of the readout, s")
+    gain_out: float = setting(1.0, (1e-3, 1e3), "what one spike adds to its trace")
+    compensate: bool = setting(True, SWITCH, "drift compensation of the hidden crossbars")
     lr_out: float = setting(
         None,
-        "µS",
-        "step of the optimizer for conductances (default: 0.84 %% of the range, 0.1 on pcm)",
-        1e-6,
-        1e6,
+        (1e-6, 1e6),
+        "step of the optimizer for conductances, µS (default: 0.84 %% of the range, 0.1 on pcm)",
     )
     lr_drop: int = setting(
-        None,
-        "N",
-        "iteration from which steps are divided by 10 (default: 60 %% of n_iter)",
-        0,
-        2**31 - 1,
+        None, COUNT, "iteration from which steps are divided by 10 (default: 60 %% of n_iter)"
     )
     off_noise: float = setting(
         None,
-        "SHARE",
+        (0, 1),
         "programming error in meta-training, share of a crossbar's largest G "
         "(default: what analog.program leaves)",
-        0,
-        1,
     )
-    target_fr: float = setting(200.0, "HZ", "target firing rate; needs lambda_fr", 0, 1000)
+    target_fr: float = setting(200.0, (0, 1000), "target firing rate, Hz; needs lambda_fr")
     lambda_fr: float = setting(
-        0.0,
-        "WEIGHT",
-        "weight of Σ_layers ((target_fr − rate)/100 Hz)² in the outer loss",
-        0,
-        1e38,
+        0.0, (0, 1e38), "weight of Σ_layers ((target_fr − rate)/100 Hz)² in the outer loss"
     )
-    tread: float = setting(
-        100.0, "S", "first read of a new task, s since deployment", 1e-3, 1e7
-    )
-    tprog: float = setting(
-        101.0, "S", "its first pulse, s; each further look is 1 s later", 1e-3, 1e7
-    )
-    twait: float = setting(50.0, "S", "from tprog to the query in meta-training, s", 1e-3, 1e7)
+    tread: float = setting(100.0, TIME, "first read of a new task, s since deployment")
+    tprog: float = setting(101.0, TIME, "its first pulse, s; each further look is 1 s later")
+    twait: float = setting(50.0, TIME, "from tprog to the query in meta-training, s")
     max_age: float = setting(
         1e5,
-        "S",
-        "age of a chip at its first read in meta-training: log-uniform, tread to this",
-        1e-3,
-        1e7,
+        TIME,
+        "age of a chip at its first read in meta-training, s: log-uniform, tread to this",
     )
-    ttest: float = setting(251.0, "S", "query of the meta-test, s since deployment", 1e-3, 1e7)
+    ttest: float = setting(251.0, TIME, "query of the meta-test, s since deployment")
 
 
 # Settings that belong together; a flag given beside --preset wins.
@@ -182,10 +165,8 @@ class Sinusoid(NamedTuple):
 
 def draw_sinusoid(key):
     """Sinusoid with A ~ U[0.1, 5] and φ ~ U[0, π]."""
-    amplitude_key, phase_key = jax.random.split(key)
-    amplitude = jax.random.uniform(amplitude_key, minval=0.1, maxval=5.0)
-    phase = jax.random.uniform(phase_key, maxval=np.pi)
-    return Sinusoid(amplitude, phase)
+    low, high = np.array([0.1, 0.0]), np.array([5.0, np.pi])
+    return Sinusoid(*jax.random.uniform(key, (2,), minval=low, maxval=high))
 
 
 def sinusoid(task, x):
@@ -222,41 +203,28 @@ class Trial(NamedTuple):
     query: Samples  # the whole input range
 
 
-def draw_support(key, cfg, task):
-    """Inputs [task_size], uniform over the converter's span, and targets of a task."""
-    low, high = network.X_RANGE
-    x = jax.random.uniform(key, (cfg.task_size,), minval=low, maxval=high)
-    return x, TASKS[cfg.tasks].target(task, x)
-
-
 def samples_of(cfg, x, y):
     """Samples of the pairs x, y [N]."""
-    pairs = jnp.stack([jnp.ones_like(y), y], 1) / len(y)
-    by_level = jax.ops.segment_sum(
-        pairs, network.level(cfg.dac_bits, x), 2**cfg.dac_bits
-    )  # [L, 2]
-    return Samples(by_level[:, 0], by_level[:, 1], jnp.mean(y**2))
+    n_levels = 2**cfg.dac_bits
+    at_level = jax.nn.one_hot(network.level(cfg.dac_bits, x), n_levels) / len(x)  # [N, L]
+    return Samples(jnp.sum(at_level, 0), y @ at_level, jnp.mean(y**2))
 
 
 def samples_of_range(cfg, task):
-    """Samples of a task over the whole input range, by Gauss-Legendre quadrature over each
-    level's cell, so that the converter's own error counts."""
-    n_levels = 2**cfg.dac_bits
-    low, high = network.X_RANGE
-    node, weight = np.polynomial.legendre.leggauss(max(2, 64 // n_levels))
-    offset = jnp.asarray(node[:, None] * (high - low) / (2 * n_levels), jnp.float32)
-    share = jnp.asarray(weight / 2 / n_levels, jnp.float32)
-    y = TASKS[cfg.tasks].target(
-        task, network.level_centres(cfg.dac_bits) + offset
-    )  # [nodes, L]
-    return Samples(jnp.ones(1), share @ y, jnp.sum(share @ y**2))
+    """Samples of a task over the whole input range: several in each level's cell, so that
+    the converter's own error counts."""
+    x = network.level_centres(max(cfg.dac_bits + 1, 8))
+    y = TASKS[cfg.tasks].target(task, x).reshape(2**cfg.dac_bits, -1)
+    return Samples(jnp.ones(1), jnp.mean(y, 1) / len(y), jnp.mean(y**2))
 
 
 def draw_trial(key, cfg):
-    """Trial of a new task."""
+    """Trial of a new task, its support uniform over the converter's span."""
     task_key, x_key = jax.random.split(key)
     task = TASKS[cfg.tasks].draw(task_key)
-    x, y = draw_support(x_key, cfg, task)
+    low, high = network.X_RANGE
+    x = jax.random.uniform(x_key, (cfg.task_size,), minval=low, maxval=high)
+    y = TASKS[cfg.tasks].target(task, x)
     return Trial(x, y, samples_of(cfg, x, y), samples_of_range(cfg, task))
 
 
@@ -311,6 +279,8 @@ def squared_error(moments, samples, w):
 # ---- parallelism: chips over cores, accelerators and hosts; levels over those that share a chip --
 
 P = jax.sharding.PartitionSpec
+AUTO = jax.sharding.AxisType.Auto
+BATCH = 64  # chips or looks that an accelerator takes at a time
 
 
 def on_levels(f, w, u):
@@ -327,30 +297,35 @@ def on_levels(f, w, u):
 
 
 def in_turn(f, x):
-    """f of every x, stacked: one after the other on a core, whose caches hold one, else as
-    a batch."""
-    return jax.lax.map(f, x) if jax.default_backend() == "cpu" else jax.vmap(f)(x)
+    """f of every x, stacked: one after the other on a core, whose caches hold one, else in
+    batches."""
+    batch_size = None if jax.default_backend() == "cpu" else BATCH
+    return jax.lax.map(f, x, batch_size=batch_size)
 
 
-def on_chips(f, keys, *shared):
-    """f(key, *shared) of every key's own chip, stacked."""
+def on_chips(f, keys, meta):
+    """f(key, meta) of every key's own chip, stacked."""
 
-    def here(keys, *shared):
-        return in_turn(lambda key: f(key, *shared), keys)
+    def here(keys, meta):
+        found = in_turn(lambda key: f(key, meta), keys)
+        return jax.lax.all_gather(found, "chips", tiled=True)
 
     n_chips = math.gcd(len(keys), jax.device_count())
     n_parts = math.gcd(2**6, jax.device_count() // n_chips)
-    devices = np.array(jax.devices()[: n_chips * n_parts])
-    mesh = jax.sharding.Mesh(devices.reshape(n_chips, n_parts), ("chips", "levels"))
-    stacked = jax.shard_map(
+    mesh = jax.make_mesh(
+        (n_chips, n_parts),
+        ("chips", "levels"),
+        axis_types=(AUTO, AUTO),
+        devices=jax.devices()[: n_chips * n_parts],
+    )
+    return jax.shard_map(
         here,
         mesh=mesh,
-        in_specs=(P("chips"), *[P()] * len(shared)),
-        out_specs=P("chips"),
+        in_specs=(P("chips"), P()),
+        out_specs=P(),
         axis_names={"chips"},
         check_vma=False,
-    )(keys, *shared)
-    return jax.lax.with_sharding_constraint(stacked, jax.sharding.NamedSharding(mesh, P()))
+    )(keys, meta)
 
 
 # ---- reads of a chip -----------------------------------------------------------------------------
@@ -539,7 +514,7 @@ def injected(cfg, device):
     return make
 
 
-def meta_loss(meta, key, cfg, device, n_tasks):
+def meta_loss(key, meta, cfg, device, n_tasks):
     """Outer loss of one chip and n_tasks tasks, and means of what is measured on the
     way."""
     age_key, meet_key = jax.random.split(key)
@@ -571,7 +546,7 @@ def adam(step, gradient, memory):
     """Direction of a step of Adam (Kingma, Ba, ICLR 2015), and its new memory."""
     mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, memory["mean"], gradient)
     square = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, memory["square"], gradient)
-    n = step + 1.0
+    n = jnp.float32(step) + 1
 
     def direction(m, v):
         return -m / (1 - 0.9**n) / (jnp.sqrt(v / (1 - 0.999**n)) + 1e-8)
@@ -605,19 +580,16 @@ def start(key, cfg, devices):
     return State(meta, memory(meta))
 
 
-def chip_gradient(key, meta, cfg, device, n_tasks):
-    """Gradient of the outer loss of one chip with respect to meta, and what is measured."""
-    return jax.grad(meta_loss, has_aux=True)(meta, key, cfg, device, n_tasks)
-
-
 def gradient_of(cfg, devices, meta, key):
     """Gradient of the outer loss and what is measured, means over n_chips chips of each
     device."""
-    n_tasks = cfg.batch_train // len(devices)
     found = []
     for device, device_key in zip(devices, jax.random.split(key, len(devices)), strict=True):
-        one = functools.partial(chip_gradient, cfg=cfg, device=device, n_tasks=n_tasks)
-        found.append(on_chips(one, jax.random.split(device_key, cfg.n_chips), meta))
+        loss = functools.partial(
+            meta_loss, cfg=cfg, device=device, n_tasks=cfg.batch_train // len(devices)
+        )
+        chip_keys = jax.random.split(device_key, cfg.n_chips)
+        found.append(on_chips(jax.grad(loss, 1, has_aux=True), chip_keys, meta))
     return jax.tree.map(lambda *x: jnp.mean(jnp.concatenate(x), 0), *found)
 
 
@@ -656,7 +628,7 @@ MEASURED = {
     "mse_last": Quantity("squared error at the last time step", entry="after look {}"),
     "pulses": Quantity("pulses of an adaptation"),
     "touched": Quantity("readout devices touched", "%"),
-    "dw": Quantity("|ΔW| of a programmed synapse"),
+    "dw": Quantity("Σ|ΔW| over the synapses"),
     "rates": Quantity("firing rate", "Hz", entry="of layer {}"),
 }
 
@@ -675,16 +647,17 @@ def programmed(cfg, device):
 
 
 def changes(device, readouts, pulses):
-    """What an adaptation did to the readout: pulses, share of devices touched and mean
-    |ΔW|."""
+    """What an adaptation did to the readout, by the names of MEASURED."""
     fired = sum(pulses)
     moved = analog.weights(device, readouts[-1].g) - analog.weights(device, readouts[0].g)
-    synapses = jnp.any(fired > 0, 0)
-    dw = jnp.sum(synapses * jnp.abs(moved)) / jnp.maximum(jnp.sum(synapses), 1)
-    return {"pulses": jnp.sum(fired), "touched": 100 * jnp.mean(fired > 0), "dw": dw}
+    return {
+        "pulses": jnp.sum(fired),
+        "touched": 100 * jnp.mean(fired > 0),
+        "dw": jnp.sum(jnp.abs(moved)),
+    }
 
 
-def episode(key, cfg, device, meta, made=programmed):
+def episode(key, meta, cfg, device, made=programmed):
     """Episode of a task that a new chip, its crossbars made as by made(cfg, device), meets
     at tread."""
 
@@ -706,27 +679,17 @@ def episode(key, cfg, device, meta, made=programmed):
     return Episode(measured, trial, jnp.stack([y, every.first @ w[0], every.first @ w[-1]]))
 
 
-def quick_episode(key, cfg, device, meta):
+def quick_episode(key, meta, cfg, device):
     """Episode on a chip made as in meta-training: to program one takes longer than all the
     rest."""
-    return episode(key, cfg, device, meta, injected)
+    return episode(key, meta, cfg, device, injected)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def test_batch(experiment, cfg, device, keys, meta):
-    """experiment(key, cfg, device, meta) of each of the keys, stacked."""
-    return on_chips(lambda key, meta: experiment(key, cfg, device, meta), keys, meta)
-
-
-def test(experiment, cfg, device, meta, n, key):
-    """experiment(key, cfg, device, meta) of n chips, NumPy arrays [n, ...]; at most
-    TEST_CHIPS at a time, so that one compiled program serves any n."""
-    size = min(n, TEST_CHIPS)
-    keys = jax.random.split(key, (math.ceil(n / size), size))
-    batches = [
-        jax.device_get(test_batch(experiment, cfg, device, batch, meta)) for batch in keys
-    ]
-    return jax.tree.map(lambda *x: np.concatenate(x)[:n], *batches)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def test(experiment, cfg, device, n, key, meta):
+    """experiment(key, meta, cfg, device) of n chips, arrays [n, ...]."""
+    one = functools.partial(experiment, cfg=cfg, device=device)
+    return on_chips(one, jax.random.split(key, n), meta)
 
 
 def summary(x):
@@ -743,22 +706,19 @@ def yardsticks(cfg):
     2¹⁴ tasks."""
     tasks = jax.vmap(TASKS[cfg.tasks].draw)(jax.random.split(jax.random.key(0), 2**14))
     samples = jax.vmap(functools.partial(samples_of_range, cfg))(tasks)
-    y = 2**cfg.dac_bits * samples.y
-    zero = jnp.mean(samples.y2)
-    best = zero - jnp.mean(jnp.mean(y, 0) ** 2)
-    return {"predicting 0": float(zero), "best function that ignores the task": float(best)}
+    zero = float(jnp.mean(samples.y2))
+    best = 2**cfg.dac_bits * jnp.mean(samples.y, 0)
+    gain = float(jnp.mean(best**2))
+    return {"predicting 0": zero, "best function that ignores the task": zero - gain}
 
 
 # ---- run folder ----------------------------------------------------------------------------------
 
 
-class UserError(Exception):
-    """Something that the user can mend: its message is the one line shown, its status the
-    exit's."""
-
-    def __init__(self, message, status=2):
-        super().__init__(" ".join(str(message).splitlines()))
-        self.status = status
+def stop(message, status=2):
+    """End the process with one line that says what the user can mend."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(status)
 
 
 class Run(NamedTuple):
@@ -774,8 +734,6 @@ class Run(NamedTuple):
 def write(path, data):
     """Replace the file as a whole: a reader, or a run killed at any moment, finds the old
     or the new."""
-    if jax.process_index():  # of several hosts the first alone writes
-        return
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -783,9 +741,7 @@ def write(path, data):
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; what was saved before is untouched", 1
-        ) from None
+        stop(f"cannot write {path}: {error.strerror}; what was saved before is untouched", 1)
 
 
 def write_json(path, content):
@@ -796,22 +752,20 @@ def write_json(path, content):
 @functools.cache
 def provenance():
     """What a result depends on beside its settings."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    packages = {
-        name: metadata.version(name) for name in ("jax", "jaxlib", "numpy", "matplotlib")
-    }
+    commit = None
+    with contextlib.suppress(OSError):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    packages = ("jax", "jaxlib", "numpy", "matplotlib")
     return {
-        **packages,
+        **{name: metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": commit,
         "backend": jax.default_backend(),
         "devices": jax.device_count(),
         "x64": jax.config.jax_enable_x64,
+        "threefry_partitionable": jax.config.jax_threefry_partitionable,
     }
 
 
@@ -823,23 +777,26 @@ def array_names(state):
     return [re.sub("meta |g |(?<=hidden) ", "", name).replace(" ", "_") for name in names]
 
 
+def csv_of(rows):
+    """The bytes of a table of dictionaries that have the same keys."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue().encode()
+
+
 def save(run, folder):
     """config.json, metrics.csv and checkpoint.npz."""
     device, *others = map(analog.describe, run.devices)
-    write_json(
-        folder / "config.json",
-        {
-            "config": dataclasses.asdict(run.cfg),
-            "device": [device, *others] if others else device,
-            "versions": provenance(),
-        },
-    )
+    config = {
+        "config": dataclasses.asdict(run.cfg),
+        "device": [device, *others] if others else device,
+        "versions": provenance(),
+    }
+    write_json(folder / "config.json", config)
     if run.rows:
-        table = io.StringIO()
-        rows = csv.DictWriter(table, run.rows[0])
-        rows.writeheader()
-        rows.writerows(run.rows)
-        write(folder / "metrics.csv", table.getvalue().encode())
+        write(folder / "metrics.csv", csv_of(run.rows))
     arrays = dict(zip(array_names(run.state), jax.tree.leaves(run.state), strict=True))
     file = io.BytesIO()
     np.savez(file, **arrays, theta=np.exp(arrays["log_theta"]), step=run.step)
@@ -850,9 +807,9 @@ def rows_until(step, path):
     """The rows of a metrics.csv up to an iteration."""
     if step == 0 or not path.exists():
         return ()
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
-    return tuple({**row, "step": int(row["step"])} for row in rows if row["step"] <= step)
+    table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, dtype=None))
+    rows = [dict(zip(table.dtype.names, row, strict=True)) for row in table.tolist()]
+    return tuple(row for row in rows if row["step"] <= step)
 
 
 def load(folder):
@@ -862,109 +819,87 @@ def load(folder):
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         constants = saved["device"] if isinstance(saved["device"], list) else [saved["device"]]
         devices = tuple(map(analog.make, constants))
-        cfg = Config(
-            **{field.name: saved["config"][field.name] for field in dataclasses.fields(Config)}
-        )
+        fields = dataclasses.fields(Config)
+        cfg = Config(**{field.name: saved["config"][field.name] for field in fields})
         template = jax.eval_shape(lambda: start(jax.random.key(0), cfg, devices))
-        with np.load(folder / "checkpoint.npz", allow_pickle=False) as file:
+        with np.load(folder / "checkpoint.npz") as file:
             leaves = [jnp.asarray(file[name]) for name in array_names(template)]
             step = int(file["step"])
         state = jax.tree.unflatten(jax.tree.structure(template), leaves)
         return Run(cfg, devices, state, step, rows_until(step, folder / "metrics.csv"))
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} does not exist: there is no run to load") from None
+        stop(f"{error.filename} does not exist: there is no run to load")
     except Exception as error:  # a damaged archive fails in many ways, all the same to the user
-        raise UserError(f"{folder} is damaged or was written by other code: {error}") from None
-
-
-def number_of(folder):
-    """The N of a run folder NAME.N, 0 without one."""
-    return int(folder.suffix[1:] or 0)
+        stop(f"{folder} is damaged or was written by other code: {error}")
 
 
 def runs_of(name):
-    """The run folders NAME, NAME.1, NAME.2, … in that order."""
-    found = [
-        folder
-        for folder in Path("run").glob(f"{name}*")
-        if re.fullmatch(re.escape(name) + r"(\.\d+)?", folder.name)
-    ]
-    return sorted(found, key=number_of)
+    """The run folders NAME, NAME.1, NAME.2, … by their number."""
+    pattern = re.escape(name) + r"(\.\d+)?"
+    folders = [x for x in Path("run").glob(f"{name}*") if re.fullmatch(pattern, x.name)]
+    return {int(folder.suffix[1:] or 0): folder for folder in folders}
 
 
 def new_folder(name, run_dir):
     """The folder of a new run: run_dir, or the next free one of NAME, NAME.1, NAME.2, …"""
-    latest = runs_of(name)
-    folder = Path("run") / (f"{name}.{number_of(latest[-1]) + 1}" if latest else name)
-    if run_dir:
-        folder = Path(run_dir)
+    number = max(runs_of(name), default=-1) + 1
+    folder = Path(run_dir or f"run/{name}.{number}".removesuffix(".0"))
     if (folder / "checkpoint.npz").exists():
-        raise UserError(f"{folder} holds a run: go on with --resume, or name another folder")
+        stop(f"{folder} holds a run: go on with --resume, or name another folder")
     try:
-        if not jax.process_index():
-            folder.mkdir(parents=True, exist_ok=bool(run_dir))
+        folder.mkdir(parents=True, exist_ok=bool(run_dir))
     except OSError as error:
-        raise UserError(
-            f"cannot make the run folder {folder}: {error.strerror}; try --run_dir"
-        ) from None
+        stop(f"cannot make the run folder {folder}: {error.strerror}; try --run_dir")
     return folder
 
 
 # ---- command line --------------------------------------------------------------------------------
+
+CHOICES = {"tasks": TASKS, "rule": RULES, "optimizer": OPTIMIZERS}
+MAY_CHANGE = "n_iter", "lr_drop", "batch_test", "ttest"  # between a checkpoint and its --resume
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message):
-        raise UserError(message)
+        stop(message)
 
 
 def add_settings(parser):
     """Give the parser a flag for every setting."""
     for field in dataclasses.fields(Config):
         default = "" if field.default is None else f" (default: {field.default})"
-        kind = {"type": field.type, "metavar": field.metadata["unit"]}
+        kind = {"type": field.type, "choices": CHOICES.get(field.name)}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = field.metadata["help"] + default
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
 
 
-def build_parser():
-    """The parser of the command line."""
-    parser = Parser(
-        prog="train.py", allow_abbrev=False, description=(__doc__ or "").split("\n\n")[0]
-    )
+def parse(argv):
+    """The settings given on a command line, a preset's among them; and its --preset,
+    --run_dir and --resume."""
+    about = (__doc__ or "").split("\n\n")[0]
+    parser = Parser(prog="train.py", allow_abbrev=False, description=about)
     add_settings(parser)
+    perf = {"dest": "device", "action": "store_const", "const": "perf"}
     parser.add_argument(
-        "--perf", action="store_true", help="ideal devices, the same as --device perf"
+        "--perf", default=argparse.SUPPRESS, help="ideal devices: --device perf", **perf
     )
     parser.add_argument(
         "--preset", choices=PRESETS, help="settings that belong together; flags beside it win"
     )
-    parser.add_argument(
-        "--run_dir", metavar="DIR", help="folder of the run (default: the next free run/NAME.N)"
-    )
+    parser.add_argument("--run_dir", help="folder of the run (default: the next run/NAME.N)")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the latest run of this name, or that in "
-        "--run_dir; once n_iter is reached, only test",
+        help="go on with the latest run of this name, or that in --run_dir; "
+        "once n_iter is reached, only test",
     )
-    return parser
-
-
-def parse(argv):
-    """Of a command line: the settings given, a preset's among them; the name of the run,
-    which is the preset's or the devices'; --run_dir and --resume."""
-    flags = vars(build_parser().parse_args(argv))
-    perf, preset, run_dir, resume = map(flags.pop, ("perf", "preset", "run_dir", "resume"))
-    flags = {**PRESETS.get(preset, {}), **flags}
-    if perf and flags.setdefault("device", "perf") != "perf":
-        raise UserError("--perf is --device perf: give one device")
-    devices = devices_of(flags.get("device", Config.device))
-    return flags, preset or "+".join(device.name for device in devices), run_dir, resume
+    flags = vars(parser.parse_args(argv))
+    preset, run_dir, resume = map(flags.pop, ("preset", "run_dir", "resume"))
+    return {**PRESETS.get(preset, {}), **flags}, preset, run_dir, resume
 
 
 def devices_of(names):
@@ -972,108 +907,85 @@ def devices_of(names):
     try:
         devices = tuple(map(analog.load_device, names.split(",")))
     except ValueError as error:
-        raise UserError(f"--device: {error}") from None
+        stop(f"--device: {error}")
     if len({device.g_max for device in devices}) > 1:
-        raise UserError(
-            f"--device {names}: devices that are trained together must agree in g_max"
-        )
+        stop(f"--device {names}: devices that are trained together must agree in g_max")
     if len({device.name for device in devices}) < len(devices):
-        raise UserError(f"--device {names}: a name stands twice")
+        stop(f"--device {names}: a name stands twice")
     return devices
 
 
 def check(cfg, devices):
     """Refuse settings that make no sense."""
     for field in dataclasses.fields(Config):
-        value, low, high = (
-            getattr(cfg, field.name),
-            field.metadata["low"],
-            field.metadata["high"],
-        )
-        if None not in (value, low) and not low <= value <= high:
-            raise UserError(f"--{field.name} must be from {low} to {high}, not {value}")
-    for name, table in (("tasks", TASKS), ("rule", RULES), ("optimizer", OPTIMIZERS)):
-        if getattr(cfg, name) not in table:
-            raise UserError(f"--{name} must be one of {', '.join(table)}")
-    if cfg.batch_train % len(devices):
-        raise UserError(f"--batch_train must be a multiple of the {len(devices)} devices")
-    if jax.process_count() > 1 and (
-        cfg.n_chips % jax.device_count() or TEST_CHIPS % jax.device_count()
-    ):
-        raise UserError(
-            f"--n_chips and {TEST_CHIPS} must be multiples of the {jax.device_count()} devices"
-        )
-    check_times(cfg)
-
-
-def check_times(cfg):
-    """Refuse times that are out of order."""
+        value, bounds = getattr(cfg, field.name), field.metadata["bounds"]
+        if bounds and value is not None and not bounds[0] <= value <= bounds[1]:
+            stop(f"--{field.name} must be from {bounds[0]} to {bounds[1]}, not {value}")
     last = cfg.tprog + cfg.n_inner - 1
-    if not (
-        cfg.tread <= cfg.max_age
-        and cfg.tread < cfg.tprog
-        and cfg.twait >= cfg.n_inner
-        and cfg.ttest > last
-    ):
-        raise UserError(
-            f"times are out of order: they must keep "
-            f"tread ({cfg.tread:g}) ≤ max_age ({cfg.max_age:g}), "
-            f"tread < tprog ({cfg.tprog:g}), twait ({cfg.twait:g}) ≥ n_inner ({cfg.n_inner}) and "
-            f"ttest ({cfg.ttest:g}) > last pulse ({last:g})"
-        )
+    needs = {
+        f"--batch_train must be a multiple of {len(devices)}, the number of devices": (
+            cfg.batch_train % len(devices) == 0
+        ),
+        f"--max_age must be at least tread, {cfg.tread:g} s": cfg.max_age >= cfg.tread,
+        f"--tprog must be after tread, {cfg.tread:g} s": cfg.tprog > cfg.tread,
+        f"--twait must be at least {cfg.n_inner} s, one for each look": cfg.twait
+        >= cfg.n_inner,
+        f"--ttest must be after the last pulse, {last:g} s": cfg.ttest > last,
+    }
+    for message, is_met in needs.items():
+        if not is_met:
+            stop(message)
 
 
 def configure(flags):
     """Config and devices of a new run."""
     devices = devices_of(flags.get("device", Config.device))
-    cfg = Config(**{**flags, "device": ",".join(device.name for device in devices)})
+    names = ",".join(device.name for device in devices)
+    lr_out = LR_SHARE * analog.span(devices[0])
+    lr_drop = flags.get("n_iter", Config.n_iter) * 6 // 10
+    cfg = Config(**{"lr_out": lr_out, "lr_drop": lr_drop, **flags, "device": names})
     check(cfg, devices)
-    if cfg.lr_out is None:
-        cfg = dataclasses.replace(cfg, lr_out=LR_SHARE * analog.span(devices[0]))
-    if cfg.lr_drop is None:
-        cfg = dataclasses.replace(cfg, lr_drop=cfg.n_iter * 6 // 10)
     return cfg, devices
 
 
-MAY_CHANGE = "n_iter", "lr_drop", "batch_test", "ttest"  # between a checkpoint and its --resume
+def compare_versions(folder):
+    """Say what has changed since a run was saved, beside its settings."""
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["versions"]
+    changed = [name for name, value in provenance().items() if saved.get(name) != value]
+    if changed:
+        print(f"changed since {folder} was saved: {', '.join(changed)}")
 
 
 def resumed(flags, folder):
     """The Run in a folder with the flags that may change; others must be as they were."""
     run = load(folder)
-    print(f"resuming {folder} after iteration {run.step}")
     named = flags.pop("device", None)
+    fixed = flags.keys() - set(MAY_CHANGE)
+    changed = sorted(name for name in fixed if flags[name] != getattr(run.cfg, name))
     if named and devices_of(named) != run.devices:
-        raise UserError(
-            f"{folder} holds a run with other constants of --device: resume without it"
-        )
-    for name, value in flags.items():
-        if name not in MAY_CHANGE and value != getattr(run.cfg, name):
-            raise UserError(
-                f"{folder} holds a run with --{name} {getattr(run.cfg, name)}, not {value}: "
-                "resume without that flag, or start another run"
-            )
-    cfg = dataclasses.replace(
-        run.cfg, **{name: x for name, x in flags.items() if name in MAY_CHANGE}
-    )
+        changed.append("device")
+    if changed:
+        stop(f"{folder} holds a run with another --{changed[0]}: resume it without that flag")
+    cfg = dataclasses.replace(run.cfg, **flags)
     check(cfg, run.devices)
     if cfg.n_iter < run.step:
-        raise UserError(
-            f"{folder} is past --n_iter {cfg.n_iter}: its checkpoint is of iteration {run.step}"
-        )
+        stop(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
+    print(f"resuming {folder} after iteration {run.step}")
+    compare_versions(folder)
     return run._replace(cfg=cfg)
 
 
 def prepare(argv):
     """The Run to go on from, and its folder."""
-    flags, name, run_dir, resume = parse(argv)
+    flags, preset, run_dir, resume = parse(argv)
+    devices = devices_of(flags.get("device", Config.device))
+    name = preset or "+".join(device.name for device in devices)
     if resume:
-        folders = [Path(run_dir)] if run_dir else runs_of(name)
-        if not folders:
-            raise UserError(
-                f"there is no run folder run/{name} to resume; name it with --run_dir"
-            )
-        return resumed(flags, folders[-1]), folders[-1]
+        found = runs_of(name)
+        if not (run_dir or found):
+            stop(f"there is no run folder run/{name} to resume; name it with --run_dir")
+        folder = Path(run_dir or found[max(found)])
+        return resumed(flags, folder), folder
     cfg, devices = configure(flags)
     return Run(cfg, devices, start(stream(cfg, 0), cfg, devices)), new_folder(name, run_dir)
 
@@ -1096,17 +1008,14 @@ def assert_sound(run, row, folder):
         if not 0 < row[f"rate{i}_hz"] < 0.95 / network.DT:  # no neuron has anything to fire for
             problem = f"layer {i} is silent or fires at every step; try --lambda_fr 0.01"
     if problem:
-        raise UserError(
-            f"stopped at iteration {run.step}: {problem}. The last good checkpoint is in {folder}",
-            1,
-        )
+        stop(f"at iteration {run.step} {problem}. The last good checkpoint is in {folder}", 1)
 
 
 def row_of(run, measured):
     """The row of metrics.csv after a chunk in which so much was measured: its values by
     column."""
     meta = run.state.meta
-    tested = test(quick_episode, run.cfg, run.devices[0], meta, TEST_CHIPS, stream(run.cfg, 2))
+    tested = test(quick_episode, run.cfg, run.devices[0], TEST_CHIPS, stream(run.cfg, 2), meta)
     errors = summary(tested.measured["mse"])
     columns = {
         "loss": measured["loss"],
@@ -1124,36 +1033,35 @@ def row_of(run, measured):
 def train(run, folder):
     """The Run after meta-training up to n_iter, saved every CHUNK iterations."""
     cfg = run.cfg
-    with tqdm(
-        total=cfg.n_iter, initial=run.step, disable=None, unit="it", dynamic_ncols=True
-    ) as bar:
-        while run.step < cfg.n_iter:
-            last = min((run.step // CHUNK + 1) * CHUNK, cfg.n_iter)
-            steps = np.arange(run.step, last)
-            state, measured = jax.device_get(
-                train_chunk(cfg, run.devices, run.state, stream(cfg, 1), steps)
-            )
-            run = run._replace(state=state, step=last)
-            row = row_of(run, measured)
-            assert_sound(run, row, folder)
-            run = run._replace(rows=(*run.rows, row))
-            save(run, folder)
-            bar.update(len(steps))
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, test {row['test_mse']:.3f}")
+    bar = tqdm(total=cfg.n_iter, initial=run.step, disable=None, unit="it", dynamic_ncols=True)
+    while run.step < cfg.n_iter:
+        last = min((run.step // CHUNK + 1) * CHUNK, cfg.n_iter)
+        steps = np.arange(run.step, last)
+        state, measured = jax.device_get(
+            train_chunk(cfg, run.devices, run.state, stream(cfg, 1), steps)
+        )
+        run = run._replace(state=state, step=last)
+        row = row_of(run, measured)
+        assert_sound(run, row, folder)
+        run = run._replace(rows=(*run.rows, row))
+        save(run, folder)
+        bar.update(len(steps))
+        state = f"loss {row['loss']:.3f}, test {row['test_mse']:.3f}"
+        bar.set_postfix_str(state)
+        if bar.disable and last % LOG == 0:
+            print(f"{last} of {cfg.n_iter} iterations: {state}", flush=True)
+    bar.close()
     return run
 
 
 def meta_test(run):
     """Episodes on each device by its name, and what results.json holds."""
-    cfg, meta = run.cfg, run.state.meta
+    cfg, meta, key = run.cfg, run.state.meta, stream(run.cfg, 2)
     episodes = {
-        device.name: test(episode, cfg, device, meta, cfg.batch_test, stream(cfg, 2))
+        device.name: test(episode, cfg, device, cfg.batch_test, key, meta)
         for device in run.devices
     }
-    found = {
-        name: {key: summary(x) for key, x in episodes.measured.items()}
-        for name, episodes in episodes.items()
-    }
+    found = {name: jax.tree.map(summary, x.measured) for name, x in episodes.items()}
     return episodes, {
         "step": run.step,
         "theta": np.exp(meta.log_theta).tolist(),
@@ -1174,28 +1082,27 @@ def report(results):
         for key, quantity in MEASURED.items():
             means = np.ravel(found[key]["mean"])
             halves = np.ravel(found[key].get("ci95", np.nan * means))
-            for i, mean in enumerate(means):
+            for i, (mean, half) in enumerate(zip(means, halves, strict=True)):
                 label = f"{quantity.label} {quantity.entry.format(i)}"
-                print(f"  {label:<52}{mean:9.3f} ± {halves[i]:.3f} {quantity.unit}")
+                print(f"  {label:<52}{mean:9.3f} ± {half:.3f} {quantity.unit}")
 
 
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder and copy them to img/; the paths of the
     copies."""
-    from img import figures
-
     name = run.devices[0].name
     levels = network.level_centres(run.cfg.dac_bits)
     drawn = {"meta_testing": figures.testing(levels, episodes[name], results)}
     if run.rows:
         drawn["meta_training"] = figures.training(run.rows, results["yardsticks"], TEST_CHIPS)
-    copies = Path("img")
-    paths = [copies / f"{title}{'' if name == 'pcm' else '_' + name}.png" for title in drawn]
-    for path, (title, figure) in zip(paths, drawn.items(), strict=True):
+    suffix = "" if name == "pcm" else f"_{name}"
+    copies = []
+    for title, figure in drawn.items():
         image = figures.png(figure)
+        copies.append(Path("img") / f"{title}{suffix}.png")
+        write(copies[-1], image)
         write(folder / f"{title}.png", image)
-        write(path, image)
-    return paths
+    return copies
 
 
 def cores():
@@ -1213,79 +1120,65 @@ def announce(run, folder):
     print(
         f"meta-analog on {jax.default_backend()} ({jax.device_count()} devices, {cores()} cores)"
     )
-    print(
-        f"run folder {folder}, devices {run.cfg.device}, "
-        f"settings {' '.join(changed) or 'all default'}"
-    )
-    print(
-        "Ctrl-C is safe at any moment: what was saved stands, and --resume goes on from it",
-        flush=True,
-    )
+    print(f"run folder {folder}, settings {' '.join(changed) or 'all default'}")
+    print("Ctrl-C is safe: what was saved stands, and --resume goes on from it", flush=True)
 
 
 def execute(run, folder):
-    """Meta-train, meta-test, report and draw."""
+    """Meta-train, meta-test, draw and report."""
     announce(run, folder)
     save(run, folder)
     run = train(run, folder)
     print(f"testing {run.cfg.batch_test} chips", flush=True)
     episodes, results = meta_test(run)
     write_json(folder / "results.json", results)
+    copies = draw(run, episodes, results, folder)
     report(results)
-    paths = draw(run, episodes, results, folder)
-    print(
-        f"results in {folder}/ (config.json metrics.csv results.json checkpoint.npz), figures in "
-        f"{' '.join(map(str, paths))}"
-    )
+    print(f"results in {folder}/, figures in {' '.join(map(str, copies))}", flush=True)
+
+
+def join_hosts():
+    """Join the other hosts, if their coordinator is named."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address and not jax.distributed.is_initialized():
+        print(f"joining the hosts at {address}, for at most {JOINING} s", flush=True)
+        place = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+        place = [int(x) if x else None for x in place]
+        jax.distributed.initialize(None, *place, initialization_timeout=JOINING)
 
 
 def configure_backend():
-    """A device of JAX's per core, compiled programs kept for later runs, other hosts if one
-    is named."""
+    """A device of JAX's per core, compiled programs kept for later runs, and other hosts."""
     with contextlib.suppress(RuntimeError):  # already set up by whoever called main
         if "JAX_NUM_CPU_DEVICES" not in os.environ:
             jax.config.update("jax_num_cpu_devices", cores())
-    if (
-        not jax.config.jax_compilation_cache_dir
-    ):  # by machine: another may have another processor
+    if not jax.config.jax_compilation_cache_dir:
+        # by machine, as another may have another processor
         cache = Path(__file__).parent / "__pycache__" / platform.node()
         jax.config.update("jax_compilation_cache_dir", str(cache))
     warnings.filterwarnings("ignore", ".*persistent compilation cache")
-    if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
-        place = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-        try:
-            jax.distributed.initialize(None, *(int(x) if x else None for x in place))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"cannot join the hosts at JAX_COORDINATOR_ADDRESS: {error}"
-            ) from None
-    if jax.process_index():
+    try:
+        join_hosts()
+        jax.devices()
+    except (RuntimeError, ValueError) as error:
+        stop(f"JAX cannot start: {error}")
+    if jax.process_index():  # of several hosts the first alone speaks
         sys.stdout = open(os.devnull, "w")
 
 
 def main(argv=None):
-    """Run the command line; the exit status."""
-    interrupt = signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # ends even a long computation at once
+    """Run the command line."""
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends a long computation at once
     try:
         configure_backend()
         execute(*prepare(argv))
-        return 0
-    except UserError as error:
-        message, status = error, error.status
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message, status = (
-            "out of memory; try fewer tasks (--batch_train), chips, levels (--dac_bits) or neurons",
-            1,
-        )
+        stop("out of memory; try fewer tasks (--batch_train), chips, --dac_bits or neurons", 1)
     finally:
         signal.signal(signal.SIGINT, interrupt)
-    print(f"train.py: {message}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

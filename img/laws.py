@@ -1,7 +1,6 @@
 """Draw the laws of a device over simulated devices: python analog.py --device mine.json"""
 
 import functools
-import sys
 from pathlib import Path
 
 import jax
@@ -118,11 +117,9 @@ def main():
     """Draw and report the device on the command line, and end the process."""
     parser = train.Parser(prog="analog.py", description=__doc__)
     parser.add_argument("--device", default="pcm", help="a built-in name or a JSON file")
-    try:
-        device = analog.load_device(parser.parse_args().device)
-    except (ValueError, train.UserError) as error:
-        print(f"analog.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    device, *others = train.devices_of(parser.parse_args().device)
+    if others:
+        train.stop("--device: one at a time")
     found = jax.device_get(simulate(device))
     report(device, *found[3:])
     path = (

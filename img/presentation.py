@@ -44,15 +44,11 @@ def present(run):
 
 
 def main():
-    """Draw the network of the command line, and end the process if it cannot be loaded."""
-    try:
-        spikes, membranes, output = jax.device_get(present(run_of(sys.argv[1:])))
-        busiest = np.argmax(np.sum(spikes[-1], 0))
-        t = 1e3 * network.DT * np.arange(1, network.N_STEPS + 1)
-        figure = figures.presentation(t, INPUT, spikes, membranes[-1][:, busiest], output)
-        path = FOLDER / "network.png"
-        train.write(path, figures.png(figure))
-        print(f"figure in {path}")
-    except train.UserError as error:
-        print(f"network.py: {error}", file=sys.stderr)
-        sys.exit(error.status)
+    """Draw the network of the run folder on the command line."""
+    spikes, membranes, output = jax.device_get(present(run_of(sys.argv[1:])))
+    busiest = np.argmax(np.sum(spikes[-1], 0))
+    t = 1e3 * network.DT * np.arange(1, network.N_STEPS + 1)
+    figure = figures.presentation(t, INPUT, spikes, membranes[-1][:, busiest], output)
+    path = FOLDER / "network.png"
+    train.write(path, figures.png(figure))
+    print(f"figure in {path}")

@@ -28,6 +28,7 @@ import analog
 import train
 
 jax.config.update("jax_debug_nans", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 TINY = (
     "--n_h0 5 --n_h1 4 --batch_train 4 --task_size 3 --dac_bits 3 --batch_test 5 "
@@ -57,9 +58,12 @@ def here(tmp_path, monkeypatch):
 
 def call(*flags):
     """Exit status, standard output and error of a tiny run of train.py in this process."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = train.main([*TINY, *flags])
+        try:
+            train.main([*TINY, *flags])
+        except SystemExit as end:
+            status = end.code
     return status, out.getvalue(), err.getvalue()
 
 
@@ -95,7 +99,7 @@ def quick_chunk(cfg, devices, state, key, steps):
     return jax.tree.map(lambda x: x + np.float32(sum(moves)), state), measured
 
 
-def quick_test(experiment, cfg, device, meta, n, key):
+def quick_test(experiment, cfg, device, n, key, meta):
     """Stands for train.test: random numbers that depend on the network."""
     random = np.random.default_rng(abs(int(1e3 * np.sum(meta.log_theta))))
     looks = (n, cfg.n_inner + 1)
@@ -127,4 +131,4 @@ def quick_main():
     """train.py with stand-ins, for a subprocess."""
     for name, stand_in in QUICK.items():
         setattr(train, name, stand_in)
-    sys.exit(train.main())
+    train.main()

@@ -112,7 +112,8 @@ def test_query_error_equals_the_mean_over_a_fine_grid(x64, last):
     outputs = (e @ w)[:, network.level(cfg.dac_bits, x)]
     expected = jnp.mean((outputs - train.sinusoid(task, x)) ** 2)
     samples = train.samples_of_range(cfg, task)
-    close(train.squared_error(train.moments_of_range(e), samples, w), expected, 1e-6)
+    # The 16 midpoints of a level are 0.04 apart: to 0.04²/24 of the largest derivatives.
+    close(train.squared_error(train.moments_of_range(e), samples, w), expected, 1e-3)
 
 
 def plain_residual(moments, samples, w, shared=False):
@@ -126,11 +127,10 @@ def plain_residual(moments, samples, w, shared=False):
 
 
 def plain_squared_error(cfg, moments, task, w):
-    """Mean over the time steps and over 12 points of each level's cell."""
-    node, weight = np.polynomial.legendre.leggauss(12)
-    x = network.level_centres(cfg.dac_bits) + node[:, None] * 10 / 2 ** (cfg.dac_bits + 1)
-    errors = (moments.second @ w)[:, None] - train.sinusoid(task, x)  # [T, nodes, L]
-    return weight / 2 @ jnp.mean(errors**2, (0, 2))
+    """Mean over the time steps and over the midpoints of 256 parts of the range."""
+    x = network.level_centres(8)
+    outputs = (moments.second @ w)[:, network.level(cfg.dac_bits, x)]  # [T, 256]
+    return jnp.mean((outputs - train.sinusoid(task, x)) ** 2)
 
 
 def make_plain(patch, cfg):
@@ -162,7 +162,7 @@ def test_meta_gradient_equals_second_order_autodiff(x64):
 
     def gradient():
         def loss(meta):
-            return train.meta_loss(meta, KEY, cfg, devices[0], 3)[0]
+            return train.meta_loss(KEY, meta, cfg, devices[0], 3)[0]
 
         return jax.jit(jax.grad(loss))(meta)
 
@@ -206,7 +206,7 @@ def test_times_of_an_adaptation():
 @functools.cache
 def met():
     """What a chip and 3 tasks with the same samples have done, and the times."""
-    cfg, devices = configured(device="ibm", n_inner=3, grad_thr=0.05)
+    cfg, devices = configured(device="ibm", n_inner=3, grad_thr=0.01)
     times = train.times_of(cfg, cfg.tread, cfg.twait)
     trial = train.draw_trial(KEY, cfg)
     make = train.injected(cfg, devices[0])
@@ -229,7 +229,7 @@ def test_only_pulsed_devices_change_at_the_time_of_their_pulse():
         assert np.all(after.t_prog[fired] == times.pulses[k])
         assert not np.any(np.all(fired, 1))  # never both devices of a pair
         for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-            np.testing.assert_allclose(x[~fired], y[~fired], rtol=1e-6)
+            np.testing.assert_allclose(x[~fired], y[~fired], rtol=1e-5)
         changed = before.g[fired] != after.g[fired]
         assert np.mean(changed) > 0.5  # a noisy pulse may leave a device at g_min
 
@@ -255,7 +255,7 @@ def test_ages_of_meta_training_are_log_uniform(monkeypatch):
     monkeypatch.setattr(train, "times_of", times_of)
     for key in jax.random.split(KEY, 400):
         with pytest.raises(StopIteration):
-            train.meta_loss(None, key, cfg, devices[0], 1)
+            train.meta_loss(key, None, cfg, devices[0], 1)
     share = np.sort(np.log(np.array(ages) / 100) / np.log(1000))
     assert 0 <= share[0] and share[-1] <= 1
     uniform = np.linspace(0, 1, 400)
@@ -299,7 +299,7 @@ def test_firing_rates_are_penalized(monkeypatch):
     monkeypatch.setattr(train, "meet", lambda *arguments: done)
     for weight, expected in ((0.0, 1.0), (0.01, 1 + 0.01 * (1 + 1.5**2))):
         cfg, devices = configured(lambda_fr=weight)
-        loss, measured = train.meta_loss(None, KEY, cfg, devices[0], 1)
+        loss, measured = train.meta_loss(KEY, None, cfg, devices[0], 1)
         np.testing.assert_allclose(loss, expected, rtol=1e-6)
         assert measured["loss"] == 1 and measured["pulses"] == 4
 
@@ -317,7 +317,7 @@ def test_devices_share_the_tasks(monkeypatch):
     cfg, devices = configured(device="pcm,perf", batch_train=6, n_chips=2)
     seen = []
 
-    def meta_loss(meta, key, cfg, device, n_tasks):
+    def meta_loss(key, meta, cfg, device, n_tasks):
         seen.append((device.name, n_tasks))
         factor = device.g_prog * jax.random.uniform(key)
         return factor * meta, {"factor": factor}
@@ -413,7 +413,7 @@ def learned():
         steps = np.arange(first, first + LENGTH)
         state, measured = train.train_chunk(cfg, devices, state, train.stream(cfg, 1), steps)
         chunks.append(measured)
-    episodes = train.test(train.episode, cfg, devices[0], state.meta, 64, train.stream(cfg, 2))
+    episodes = train.test(train.episode, cfg, devices[0], 64, train.stream(cfg, 2), state.meta)
     return cfg, devices, state, chunks, episodes
 
 
@@ -450,7 +450,6 @@ def plain_episode(cfg, device, meta, x, y):
     fired = np.stack([gradient < -theta, gradient > theta])
     raised = np.minimum(g.readout + 0.75 * fired[..., None], device.g_max)
     after = weights(raised)[:, 0]
-    moved = np.abs(after - before)[fired.any(0)]
     return (
         e,
         before,
@@ -458,7 +457,7 @@ def plain_episode(cfg, device, meta, x, y):
         {
             "pulses": fired.sum(),
             "touched": 100 * fired.mean(),
-            "dw": moved.sum() / max(len(moved), 1),
+            "dw": np.abs(after - before).sum(),
         },
     )
 
@@ -487,6 +486,7 @@ def test_the_shipped_network_learns_a_new_task():
         pytest.skip("no trained network")
     run = train.load(folder)
     key = jax.random.key(1)
-    episodes = train.test(train.quick_episode, run.cfg, run.devices[0], run.state.meta, 64, key)
+    device, meta = run.devices[0], run.state.meta
+    episodes = train.test(train.quick_episode, run.cfg, device, 64, key, meta)
     before, *_, after = np.mean(episodes.measured["mse"], 0)
     assert 2.2 < before < 4.2 and 0.5 < after < 1.1
