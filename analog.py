@@ -91,9 +91,13 @@ class Ibm(NamedTuple):
 
     def nu_law(self, r):
         log_r = jnp.log(jnp.maximum(r, MIN_SHARE))
-        mean = jnp.clip(self.nu_slope * log_r + self.nu_offset, self.nu_low, self.nu_high)
+        mean = jnp.clip(
+            self.nu_slope * log_r + self.nu_offset, self.nu_low, self.nu_high
+        )
         std = jnp.clip(
-            self.nu_std_slope * log_r + self.nu_std_offset, self.nu_std_low, self.nu_std_high
+            self.nu_std_slope * log_r + self.nu_std_offset,
+            self.nu_std_low,
+            self.nu_std_high,
         )
         return mean, std
 
@@ -148,7 +152,9 @@ class Device(NamedTuple):
     g_prog: float  # µS, the highest G that programming reaches
     set_slope: float  # mean ΔG of a SET pulse, per µS of G
     set_offset: float  # µS, mean ΔG at G = 0
-    set_history: float  # µS, mean ΔG added at P = 1 (the first pulses after RESET act more)
+    set_history: (
+        float  # µS, mean ΔG added at P = 1 (the first pulses after RESET act more)
+    )
     set_std_slope: float  # std of ΔG, per µS of G
     set_std_offset: float  # µS, std of ΔG at G = 0
     set_std_history: float  # µS, std of ΔG added at P = 1
@@ -282,7 +288,9 @@ def make(constants):
     numbers.pop("comment", None)
     name, law = numbers.pop("name", None), FAMILIES.get(str(numbers.pop("law")))
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"key name must be a word of letters, digits and _, not {name!r}")
+        raise ValueError(
+            f"key name must be a word of letters, digits and _, not {name!r}"
+        )
     if law is None:
         raise ValueError(f"key law must be one of {', '.join(FAMILIES)}")
     known = {*Device._fields, *law._fields} - {"name", "law"}
@@ -307,7 +315,9 @@ def check_number(key, value):
 def check_range(device):
     """ValueError where the constants of a device contradict each other."""
     if device.g_min >= device.g_max:
-        raise ValueError(f"key g_min ({device.g_min}) must be below g_max ({device.g_max})")
+        raise ValueError(
+            f"key g_min ({device.g_min}) must be below g_max ({device.g_max})"
+        )
     for key in ("g_prog", "reset_mean"):
         if not device.g_min <= getattr(device, key) <= device.g_max:
             raise ValueError(
@@ -332,7 +342,9 @@ def load_device(name):
     if name in DEVICES:
         return DEVICES[name]
     try:
-        constants = json.loads(Path(name).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        constants = json.loads(
+            Path(name).read_text(encoding="utf-8"), object_pairs_hook=unique
+        )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{name} is neither one of {', '.join(DEVICES)} nor a JSON file ({error})"
@@ -397,7 +409,9 @@ def history(device, g):
     average."""
     g_steps, p_steps = staircase(device, 64)
     return jnp.interp(
-        jax.lax.stop_gradient(g), jnp.asarray(g_steps, g.dtype), jnp.asarray(p_steps, g.dtype)
+        jax.lax.stop_gradient(g),
+        jnp.asarray(g_steps, g.dtype),
+        jnp.asarray(p_steps, g.dtype),
     )
 
 
@@ -431,7 +445,10 @@ def read(key, device, xbar, t):
 def changed(xbar, mask, **fields):
     """Crossbar with new fields where mask is true and the device is not stuck."""
     acts = mask & xbar.free
-    new = {name: jnp.where(acts, value, getattr(xbar, name)) for name, value in fields.items()}
+    new = {
+        name: jnp.where(acts, value, getattr(xbar, name))
+        for name, value in fields.items()
+    }
     return xbar._replace(**new)
 
 
@@ -442,7 +459,9 @@ def set_pulse(key, device, xbar, amount, t):
     amount = jnp.where(xbar.free, amount, 0.0)
     p = xbar.p * math.exp(-1 / device.history_decay)
     noise = set_std(device, xbar.g, p) * jax.random.normal(noise_key, xbar.g.shape)
-    full = clip(xbar.g + set_mean(device, xbar.g, p) + noise, device.g_min, device.g_max)
+    full = clip(
+        xbar.g + set_mean(device, xbar.g, p) + noise, device.g_min, device.g_max
+    )
     g = xbar.g + amount * (full - xbar.g)
     nu = device.law.nu_after_pulse(xbar.nu, draw_nu(nu_key, device, g))
     return changed(xbar, amount > 0, t_prog=t, nu=nu, p=p)._replace(g=g)
@@ -472,7 +491,9 @@ def place(key, device, xbar, target, error_std, t):
 
 # ---- composites ----------------------------------------------------------------------------------
 
-TOLERANCE = 0.4 / 11.9  # share of the range by which a verified device may miss: 0.4 µS on PCM
+TOLERANCE = (
+    0.4 / 11.9
+)  # share of the range by which a verified device may miss: 0.4 µS on PCM
 MAX_STEPS = 200  # of program-and-verify; only slow devices take more than a few dozen
 
 
@@ -576,7 +597,9 @@ def program(key, device, xbar, target, t=0.0):
 def deploy(key, device, target):
     """A new crossbar programmed at t = 0 to target [2, rows, cols] in µS."""
     chip_key, program_key = jax.random.split(key)
-    return program(program_key, device, fabricate(chip_key, device, target), target).xbar
+    return program(
+        program_key, device, fabricate(chip_key, device, target), target
+    ).xbar
 
 
 @functools.cache

@@ -47,9 +47,7 @@ class Chip(NamedTuple):
     """A deployed network."""
 
     xbars: Network  # of analog.Crossbar
-    reference: (
-        tuple  # Σ G (µS) of each hidden crossbar in a read at age t0, for drift compensation
-    )
+    reference: tuple  # Σ G (µS) of each hidden crossbar in a read at age t0, for drift compensation
 
 
 class Dynamics(NamedTuple):
@@ -207,7 +205,9 @@ def assemble(key, device, make, g):
 def read_hidden(key, device, chip, t, compensate):
     """Weights of the hidden crossbars from one read at time t (s), scaled back by their
     references if compensate."""
-    g = each(lambda key, xbar: analog.read(key, device, xbar, t), key, chip.xbars.hidden)
+    g = each(
+        lambda key, xbar: analog.read(key, device, xbar, t), key, chip.xbars.hidden
+    )
     w = [analog.weights(device, g) for g in g]
     if compensate:
         w = [

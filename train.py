@@ -32,6 +32,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Callable
@@ -86,14 +87,20 @@ class Config:
     tasks: str = setting("sinusoids", NAME, "family of tasks")
     rule: str = setting("comparators", NAME, "how a gradient becomes pulses")
     optimizer: str = setting("adam", NAME, "optimizer of the outer loop")
-    n_inner: int = setting(1, (1, 16), "looks: times that a new task is read and pulsed")
+    n_inner: int = setting(
+        1, (1, 16), "looks: times that a new task is read and pulsed"
+    )
     n_bits: int = setting(
-        2, (2, 8), "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and look"
+        2,
+        (2, 8),
+        "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and look",
     )
     grad_thr: float = setting(
         1.0, (1e-6, 1e6), "thresholds at the start, squared error per unit of weight"
     )
-    shared_thr: bool = setting(False, SWITCH, "one threshold for all synapses of a look")
+    shared_thr: bool = setting(
+        False, SWITCH, "one threshold for all synapses of a look"
+    )
     task_size: int = setting(20, SIZE, "support samples of a task")
     batch_train: int = setting(
         256, SIZE, "tasks per chip and meta-iteration; several devices share them"
@@ -108,14 +115,18 @@ class Config:
     tau_mem: float = setting(0.01, DECAY, "time constant of the membranes, s")
     tau_out: float = setting(0.002, DECAY, "time constant of the readout, s")
     gain_out: float = setting(1.0, (1e-3, 1e3), "what one spike adds to its trace")
-    compensate: bool = setting(True, SWITCH, "drift compensation of the hidden crossbars")
+    compensate: bool = setting(
+        True, SWITCH, "drift compensation of the hidden crossbars"
+    )
     lr_out: float = setting(
         None,
         (1e-6, 1e6),
         "step of the optimizer for conductances, µS (default: 0.84 %% of the range, 0.1 on pcm)",
     )
     lr_drop: int = setting(
-        None, COUNT, "iteration from which steps are divided by 10 (default: 60 %% of n_iter)"
+        None,
+        COUNT,
+        "iteration from which steps are divided by 10 (default: 60 %% of n_iter)",
     )
     off_noise: float = setting(
         None,
@@ -123,12 +134,18 @@ class Config:
         "programming error in meta-training, share of a crossbar's largest G "
         "(default: what analog.program leaves)",
     )
-    target_fr: float = setting(200.0, (0, 1000), "target firing rate, Hz; needs lambda_fr")
+    target_fr: float = setting(
+        200.0, (0, 1000), "target firing rate, Hz; needs lambda_fr"
+    )
     lambda_fr: float = setting(
-        0.0, (0, 1e38), "weight of Σ_layers ((target_fr − rate)/100 Hz)² in the outer loss"
+        0.0,
+        (0, 1e38),
+        "weight of Σ_layers ((target_fr − rate)/100 Hz)² in the outer loss",
     )
     tread: float = setting(100.0, TIME, "first read of a new task, s since deployment")
-    tprog: float = setting(101.0, TIME, "its first pulse, s; each further look is 1 s later")
+    tprog: float = setting(
+        101.0, TIME, "its first pulse, s; each further look is 1 s later"
+    )
     twait: float = setting(50.0, TIME, "from tprog to the query in meta-training, s")
     max_age: float = setting(
         1e5,
@@ -149,7 +166,14 @@ PRESETS = {
     # what one would put on a real chip: six looks, trained on two pulse laws
     "chip": {**CHIP, "n_inner": 6, "gain_out": 0.7, "n_iter": 3000},
     # the same with more neurons, eight looks and 3 bits
-    "chip_wide": {**CHIP, **WIDE, "n_inner": 8, "n_bits": 3, "n_h0": 64, "gain_out": 0.25},
+    "chip_wide": {
+        **CHIP,
+        **WIDE,
+        "n_inner": 8,
+        "n_bits": 3,
+        "n_h0": 64,
+        "gain_out": 0.25,
+    },
 }
 
 
@@ -206,7 +230,9 @@ class Trial(NamedTuple):
 def samples_of(cfg, x, y):
     """Samples of the pairs x, y [N]."""
     n_levels = 2**cfg.dac_bits
-    at_level = jax.nn.one_hot(network.level(cfg.dac_bits, x), n_levels) / len(x)  # [N, L]
+    at_level = jax.nn.one_hot(network.level(cfg.dac_bits, x), n_levels) / len(
+        x
+    )  # [N, L]
     return Samples(jnp.sum(at_level, 0), y @ at_level, jnp.mean(y**2))
 
 
@@ -401,7 +427,10 @@ def real(key, cfg, gradient, theta):
     return analog.clip(wanted, 0.0, float(most_pulses(cfg)))[..., None]
 
 
-RULES = {"comparators": comparators, "real": real}  # functions of (key, cfg, gradient, theta)
+RULES = {
+    "comparators": comparators,
+    "real": real,
+}  # functions of (key, cfg, gradient, theta)
 
 
 class Looks(NamedTuple):
@@ -422,14 +451,16 @@ def look_at(key, cfg, device, chip, times):
         return moments
 
     moments = in_turn(look, (jax.random.split(hidden_key, cfg.n_inner), times.reads))
-    first = network.read_readout(readout_key, device, chip.xbars.readout, times.reads[0])
+    first = network.read_readout(
+        readout_key, device, chip.xbars.readout, times.reads[0]
+    )
     return Looks(moments, first)
 
 
-def adapt(key, cfg, device, readout, looks, theta, support, times):
-    """The readouts after 0, 1, … n_inner looks, a list of crossbars, and the pulses [2, H,
-    1] of each."""
-    readouts, pulses = [readout], []
+def adapt(key, meta, cfg, device, chip, looks, support, times):
+    """The readouts of a chip after 0, 1, … n_inner looks, a list of crossbars, and the
+    pulses [2, H, 1] of each."""
+    readouts, pulses = [chip.xbars.readout], []
     for k, look_key in enumerate(jax.random.split(key, cfg.n_inner)):
         read_key, rule_key, pulse_key = jax.random.split(look_key, 3)
         w = looks.readout
@@ -437,13 +468,13 @@ def adapt(key, cfg, device, readout, looks, theta, support, times):
             w = network.read_readout(read_key, device, readouts[k], times.reads[k])
         moments = Moments(looks.moments.second[k], looks.moments.first[k])
         gradient = 2 * residual(moments, support, w, shared=k == 0)
-        counts = RULES[cfg.rule](rule_key, cfg, gradient, theta[k])
-        pulses.append(counts)
-        readouts.append(
-            analog.fire(
-                pulse_key, device, readouts[k], counts, most_pulses(cfg), times.pulses[k]
-            )
+        theta = jnp.exp(meta.log_theta[k])
+        counts = RULES[cfg.rule](rule_key, cfg, gradient, theta)
+        fired = analog.fire(
+            pulse_key, device, readouts[k], counts, most_pulses(cfg), times.pulses[k]
         )
+        pulses.append(counts)
+        readouts.append(fired)
     return readouts, pulses
 
 
@@ -458,14 +489,13 @@ class Met(NamedTuple):
     w: list  # [n, H], weights of the readouts in a read at the time of the query
 
 
-def meet(measure, key, cfg, device, meta, make, times, n_tasks):
+def meet(measure, key, meta, cfg, device, make, times, n_tasks):
     """Met of a new chip, its crossbars made by make(key, conductances), and n_tasks new
     tasks; measure says what is taken from the traces of the query."""
     chip_key, look_key, query_key, tasks_key = jax.random.split(key, 4)
     chip = network.assemble(chip_key, device, make, meta.g)
     looks = look_at(look_key, cfg, device, chip, times)
     query = observe(measure, query_key, cfg, device, chip, times.query)
-    theta = jnp.exp(meta.log_theta)
 
     def read(key, readout):
         return network.read_readout(key, device, readout, times.query)
@@ -474,7 +504,7 @@ def meet(measure, key, cfg, device, meta, make, times, n_tasks):
         trial_key, adapt_key, read_key = jax.random.split(key, 3)
         trial = draw_trial(trial_key, cfg)
         readouts, pulses = adapt(
-            adapt_key, cfg, device, chip.xbars.readout, looks, theta, trial.support, times
+            adapt_key, meta, cfg, device, chip, looks, trial.support, times
         )
         return trial, readouts, pulses, network.each(read, read_key, readouts)
 
@@ -521,9 +551,11 @@ def meta_loss(key, meta, cfg, device, n_tasks):
     age = cfg.tread * (cfg.max_age / cfg.tread) ** jax.random.uniform(age_key)
     times = times_of(cfg, age, cfg.twait)
     make = injected(cfg, device)
-    met = meet(moments_of_range, meet_key, cfg, device, meta, make, times, n_tasks)
+    met = meet(moments_of_range, meet_key, meta, cfg, device, make, times, n_tasks)
     query = pooled(met.measured)
-    loss = jnp.mean(jax.vmap(squared_error, (None, 0, 0))(query, met.trial.query, met.w[-1]))
+    loss = jnp.mean(
+        jax.vmap(squared_error, (None, 0, 0))(query, met.trial.query, met.w[-1])
+    )
     measured = {
         "loss": loss,
         "rates": met.rates,
@@ -545,7 +577,9 @@ def adam_start(meta):
 def adam(step, gradient, memory):
     """Direction of a step of Adam (Kingma, Ba, ICLR 2015), and its new memory."""
     mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, memory["mean"], gradient)
-    square = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, memory["square"], gradient)
+    square = jax.tree.map(
+        lambda v, g: 0.999 * v + 0.001 * g**2, memory["square"], gradient
+    )
     n = jnp.float32(step) + 1
 
     def direction(m, v):
@@ -574,7 +608,9 @@ def start(key, cfg, devices):
     """State before training."""
     sizes = sizes_of(cfg)
     shape = cfg.n_inner, 1 if cfg.shared_thr else sizes[-1]
-    meta = Meta(network.start(key, devices[0], sizes), jnp.full(shape, math.log(cfg.grad_thr)))
+    meta = Meta(
+        network.start(key, devices[0], sizes), jnp.full(shape, math.log(cfg.grad_thr))
+    )
     meta = project(devices, meta)
     memory, _ = OPTIMIZERS[cfg.optimizer]
     return State(meta, memory(meta))
@@ -584,7 +620,9 @@ def gradient_of(cfg, devices, meta, key):
     """Gradient of the outer loss and what is measured, means over n_chips chips of each
     device."""
     found = []
-    for device, device_key in zip(devices, jax.random.split(key, len(devices)), strict=True):
+    for device, device_key in zip(
+        devices, jax.random.split(key, len(devices)), strict=True
+    ):
         loss = functools.partial(
             meta_loss, cfg=cfg, device=device, n_tasks=cfg.batch_train // len(devices)
         )
@@ -604,7 +642,9 @@ def train_chunk(cfg, devices, state, key, steps):
         )
         direction, memory = update(step, gradient, state.memory)
         size = schedule(cfg, step)
-        g = jax.tree.map(lambda g, d: g + size * cfg.lr_out * d, state.meta.g, direction.g)
+        g = jax.tree.map(
+            lambda g, d: g + size * cfg.lr_out * d, state.meta.g, direction.g
+        )
         log_theta = state.meta.log_theta + size * LR_THETA * direction.log_theta
         return State(project(devices, Meta(g, log_theta)), memory), measured
 
@@ -638,7 +678,9 @@ class Episode(NamedTuple):
 
     measured: dict  # by the names of MEASURED
     trial: Trial
-    curves: jax.Array  # [3, L], over the levels: task, mean output before and after adaptation
+    curves: (
+        jax.Array
+    )  # [3, L], over the levels: task, mean output before and after adaptation
 
 
 def programmed(cfg, device):
@@ -649,7 +691,9 @@ def programmed(cfg, device):
 def changes(device, readouts, pulses):
     """What an adaptation did to the readout, by the names of MEASURED."""
     fired = sum(pulses)
-    moved = analog.weights(device, readouts[-1].g) - analog.weights(device, readouts[0].g)
+    moved = analog.weights(device, readouts[-1].g) - analog.weights(
+        device, readouts[0].g
+    )
     return {
         "pulses": jnp.sum(fired),
         "touched": 100 * jnp.mean(fired > 0),
@@ -665,7 +709,7 @@ def episode(key, meta, cfg, device, made=programmed):
         return moments_of_range(e), moments_of_range(e[-1:])
 
     times = times_of(cfg, cfg.tread, cfg.ttest - cfg.tprog)
-    met = meet(measure, key, cfg, device, meta, made(cfg, device), times, 1)
+    met = meet(measure, key, meta, cfg, device, made(cfg, device), times, 1)
     every, last = map(pooled, met.measured)
     trial, readouts, pulses, w = jax.tree.map(lambda x: x[0], met[2:])
     error = jax.vmap(squared_error, (None, None, 0))
@@ -676,7 +720,9 @@ def episode(key, meta, cfg, device, made=programmed):
         **changes(device, readouts, pulses),
     }
     y = trial.query.y * 2**cfg.dac_bits
-    return Episode(measured, trial, jnp.stack([y, every.first @ w[0], every.first @ w[-1]]))
+    return Episode(
+        measured, trial, jnp.stack([y, every.first @ w[0], every.first @ w[-1]])
+    )
 
 
 def quick_episode(key, meta, cfg, device):
@@ -721,6 +767,13 @@ def stop(message, status=2):
     raise SystemExit(status)
 
 
+def say(text):
+    """Print a line, even where its reader is gone or does not know its letters."""
+    encoding = sys.stdout.encoding or "utf-8"
+    with contextlib.suppress(OSError):
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+
 class Run(NamedTuple):
     """A run at one moment, all that it needs to go on."""
 
@@ -741,12 +794,22 @@ def write(path, data):
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        stop(f"cannot write {path}: {error.strerror}; what was saved before is untouched", 1)
+        stop(
+            f"cannot write {path}: {error.strerror}; what was saved before is untouched",
+            1,
+        )
 
 
 def write_json(path, content):
     """Write content as JSON."""
     write(path, json.dumps(content, indent=1).encode())
+
+
+def write_arrays(path, arrays):
+    """Write arrays by name."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write(path, file.getvalue())
 
 
 @functools.cache
@@ -774,7 +837,9 @@ def array_names(state):
     memory_mean_hidden0, …"""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     names = [jax.tree_util.keystr(path, simple=True, separator=" ") for path in paths]
-    return [re.sub("meta |g |(?<=hidden) ", "", name).replace(" ", "_") for name in names]
+    return [
+        re.sub("meta |g |(?<=hidden) ", "", name).replace(" ", "_") for name in names
+    ]
 
 
 def csv_of(rows):
@@ -798,9 +863,8 @@ def save(run, folder):
     if run.rows:
         write(folder / "metrics.csv", csv_of(run.rows))
     arrays = dict(zip(array_names(run.state), jax.tree.leaves(run.state), strict=True))
-    file = io.BytesIO()
-    np.savez(file, **arrays, theta=np.exp(arrays["log_theta"]), step=run.step)
-    write(folder / "checkpoint.npz", file.getvalue())
+    arrays |= {"theta": np.exp(arrays["log_theta"]), "step": run.step}
+    write_arrays(folder / "checkpoint.npz", arrays)
 
 
 def rows_until(step, path):
@@ -817,7 +881,9 @@ def load(folder):
     folder = Path(folder)
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        constants = saved["device"] if isinstance(saved["device"], list) else [saved["device"]]
+        constants = (
+            saved["device"] if isinstance(saved["device"], list) else [saved["device"]]
+        )
         devices = tuple(map(analog.make, constants))
         fields = dataclasses.fields(Config)
         cfg = Config(**{field.name: saved["config"][field.name] for field in fields})
@@ -829,7 +895,9 @@ def load(folder):
         return Run(cfg, devices, state, step, rows_until(step, folder / "metrics.csv"))
     except FileNotFoundError as error:
         stop(f"{error.filename} does not exist: there is no run to load")
-    except Exception as error:  # a damaged archive fails in many ways, all the same to the user
+    except (
+        Exception
+    ) as error:  # a damaged archive fails in many ways, all the same to the user
         stop(f"{folder} is damaged or was written by other code: {error}")
 
 
@@ -856,7 +924,12 @@ def new_folder(name, run_dir):
 # ---- command line --------------------------------------------------------------------------------
 
 CHOICES = {"tasks": TASKS, "rule": RULES, "optimizer": OPTIMIZERS}
-MAY_CHANGE = "n_iter", "lr_drop", "batch_test", "ttest"  # between a checkpoint and its --resume
+MAY_CHANGE = (
+    "n_iter",
+    "lr_drop",
+    "batch_test",
+    "ttest",
+)  # between a checkpoint and its --resume
 
 
 class Parser(argparse.ArgumentParser):
@@ -874,7 +947,9 @@ def add_settings(parser):
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = field.metadata["help"] + default
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+        parser.add_argument(
+            f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind
+        )
 
 
 def parse(argv):
@@ -888,9 +963,13 @@ def parse(argv):
         "--perf", default=argparse.SUPPRESS, help="ideal devices: --device perf", **perf
     )
     parser.add_argument(
-        "--preset", choices=PRESETS, help="settings that belong together; flags beside it win"
+        "--preset",
+        choices=PRESETS,
+        help="settings that belong together; flags beside it win",
     )
-    parser.add_argument("--run_dir", help="folder of the run (default: the next run/NAME.N)")
+    parser.add_argument(
+        "--run_dir", help="folder of the run (default: the next run/NAME.N)"
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -953,7 +1032,7 @@ def compare_versions(folder):
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["versions"]
     changed = [name for name, value in provenance().items() if saved.get(name) != value]
     if changed:
-        print(f"changed since {folder} was saved: {', '.join(changed)}")
+        say(f"changed since {folder} was saved: {', '.join(changed)}")
 
 
 def resumed(flags, folder):
@@ -965,12 +1044,14 @@ def resumed(flags, folder):
     if named and devices_of(named) != run.devices:
         changed.append("device")
     if changed:
-        stop(f"{folder} holds a run with another --{changed[0]}: resume it without that flag")
+        stop(
+            f"{folder} holds a run with another --{changed[0]}: resume it without that flag"
+        )
     cfg = dataclasses.replace(run.cfg, **flags)
     check(cfg, run.devices)
     if cfg.n_iter < run.step:
         stop(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
-    print(f"resuming {folder} after iteration {run.step}")
+    say(f"resuming {folder} after iteration {run.step}")
     compare_versions(folder)
     return run._replace(cfg=cfg)
 
@@ -987,7 +1068,9 @@ def prepare(argv):
         folder = Path(run_dir or found[max(found)])
         return resumed(flags, folder), folder
     cfg, devices = configure(flags)
-    return Run(cfg, devices, start(stream(cfg, 0), cfg, devices)), new_folder(name, run_dir)
+    return Run(cfg, devices, start(stream(cfg, 0), cfg, devices)), new_folder(
+        name, run_dir
+    )
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1005,17 +1088,26 @@ def assert_sound(run, row, folder):
     if not all(np.isfinite(x).all() for x in jax.tree.leaves((row["loss"], run.state))):
         problem = "the loss is not finite; try a smaller --lr_out"
     for i in range(len(sizes_of(run.cfg))):
-        if not 0 < row[f"rate{i}_hz"] < 0.95 / network.DT:  # no neuron has anything to fire for
-            problem = f"layer {i} is silent or fires at every step; try --lambda_fr 0.01"
+        if (
+            not 0 < row[f"rate{i}_hz"] < 0.95 / network.DT
+        ):  # no neuron has anything to fire for
+            problem = (
+                f"layer {i} is silent or fires at every step; try --lambda_fr 0.01"
+            )
     if problem:
-        stop(f"at iteration {run.step} {problem}. The last good checkpoint is in {folder}", 1)
+        stop(
+            f"at iteration {run.step} {problem}. The last good checkpoint is in {folder}",
+            1,
+        )
 
 
 def row_of(run, measured):
     """The row of metrics.csv after a chunk in which so much was measured: its values by
     column."""
     meta = run.state.meta
-    tested = test(quick_episode, run.cfg, run.devices[0], TEST_CHIPS, stream(run.cfg, 2), meta)
+    tested = test(
+        quick_episode, run.cfg, run.devices[0], TEST_CHIPS, stream(run.cfg, 2), meta
+    )
     errors = summary(tested.measured["mse"])
     columns = {
         "loss": measured["loss"],
@@ -1026,14 +1118,18 @@ def row_of(run, measured):
         "test_ci95": errors["ci95"][-1],
     }
     columns |= {f"rate{i}_hz": x for i, x in enumerate(measured["rates"])}
-    columns |= {f"theta_{k}": x for k, x in enumerate(np.exp(np.median(meta.log_theta, 1)))}
+    columns |= {
+        f"theta_{k}": x for k, x in enumerate(np.exp(np.median(meta.log_theta, 1)))
+    }
     return {"step": run.step, **{name: float(x) for name, x in columns.items()}}
 
 
 def train(run, folder):
     """The Run after meta-training up to n_iter, saved every CHUNK iterations."""
-    cfg = run.cfg
-    bar = tqdm(total=cfg.n_iter, initial=run.step, disable=None, unit="it", dynamic_ncols=True)
+    cfg, first, began = run.cfg, run.step, time.monotonic()
+    bar = tqdm(
+        total=cfg.n_iter, initial=first, disable=None, unit="it", dynamic_ncols=True
+    )
     while run.step < cfg.n_iter:
         last = min((run.step // CHUNK + 1) * CHUNK, cfg.n_iter)
         steps = np.arange(run.step, last)
@@ -1045,11 +1141,13 @@ def train(run, folder):
         assert_sound(run, row, folder)
         run = run._replace(rows=(*run.rows, row))
         save(run, folder)
+        found = f"loss {row['loss']:.3f}, test {row['test_mse']:.3f}"
         bar.update(len(steps))
-        state = f"loss {row['loss']:.3f}, test {row['test_mse']:.3f}"
-        bar.set_postfix_str(state)
+        bar.set_postfix_str(found)
         if bar.disable and last % LOG == 0:
-            print(f"{last} of {cfg.n_iter} iterations: {state}", flush=True)
+            rate = (last - first) / (time.monotonic() - began)
+            left = (cfg.n_iter - last) / rate
+            say(f"{last} of {cfg.n_iter}: {found}, {rate:.1f} per s, {left:.0f} s left")
     bar.close()
     return run
 
@@ -1074,9 +1172,9 @@ def meta_test(run):
 def report(results):
     """Print the table of results."""
     for what, error in results["yardsticks"].items():
-        print(f"  {'squared error of ' + what:<52}{error:9.3f}")
+        say(f"  {'squared error of ' + what:<52}{error:9.3f}")
     for name, found in results["devices"].items():
-        print(
+        say(
             f"{found['mse']['n']} tasks, each on its own chip of {name}; mean ± 95 % interval"
         )
         for key, quantity in MEASURED.items():
@@ -1084,65 +1182,83 @@ def report(results):
             halves = np.ravel(found[key].get("ci95", np.nan * means))
             for i, (mean, half) in enumerate(zip(means, halves, strict=True)):
                 label = f"{quantity.label} {quantity.entry.format(i)}"
-                print(f"  {label:<52}{mean:9.3f} ± {half:.3f} {quantity.unit}")
+                say(f"  {label:<52}{mean:9.3f} ± {half:.3f} {quantity.unit}")
 
 
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder and copy them to img/; the paths of the
     copies."""
     name = run.devices[0].name
-    levels = network.level_centres(run.cfg.dac_bits)
-    drawn = {"meta_testing": figures.testing(levels, episodes[name], results)}
+    edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
+    drawn = {"meta_testing": figures.testing(edges, episodes[name], results)}
     if run.rows:
-        drawn["meta_training"] = figures.training(run.rows, results["yardsticks"], TEST_CHIPS)
+        yardsticks = results["yardsticks"]
+        drawn["meta_training"] = figures.training(run.rows, yardsticks, TEST_CHIPS)
+    note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}, {settings_of(run)}"
     suffix = "" if name == "pcm" else f"_{name}"
-    copies = []
+    copies = {title: Path("img") / f"{title}{suffix}.png" for title in drawn}
     for title, figure in drawn.items():
-        image = figures.png(figure)
-        copies.append(Path("img") / f"{title}{suffix}.png")
-        write(copies[-1], image)
+        image = figures.png(figure, note)
+        write(copies[title], image)
         write(folder / f"{title}.png", image)
-    return copies
+    return copies.values()
 
 
 def cores():
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count()
+    )
 
 
-def announce(run, folder):
-    """Say what is about to run."""
+def settings_of(run):
+    """The settings of a run that are not the default, in words."""
     changed = [
         f"--{field.name} {getattr(run.cfg, field.name)}"
         for field in dataclasses.fields(Config)
         if field.default not in (None, getattr(run.cfg, field.name))
     ]
-    print(
-        f"meta-analog on {jax.default_backend()} ({jax.device_count()} devices, {cores()} cores)"
-    )
-    print(f"run folder {folder}, settings {' '.join(changed) or 'all default'}")
-    print("Ctrl-C is safe: what was saved stands, and --resume goes on from it", flush=True)
+    return " ".join(changed) or "all default"
+
+
+def announce(run, folder):
+    """Say what is about to run."""
+    backend, n_devices = jax.default_backend(), jax.device_count()
+    say(f"meta-analog on {backend} ({n_devices} of JAX's devices, {cores()} cores)")
+    say(f"run folder {folder}, settings: {settings_of(run)}")
+    say("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
 
 
 def execute(run, folder):
     """Meta-train, meta-test, draw and report."""
     announce(run, folder)
     save(run, folder)
+    times = [time.monotonic()]
     run = train(run, folder)
-    print(f"testing {run.cfg.batch_test} chips", flush=True)
+    times.append(time.monotonic())
+    say(f"testing {run.cfg.batch_test} chips")
     episodes, results = meta_test(run)
     write_json(folder / "results.json", results)
+    for name, found in episodes.items():
+        write_arrays(folder / f"chips_{name}.npz", found.measured)
+    times.append(time.monotonic())
     copies = draw(run, episodes, results, folder)
     report(results)
-    print(f"results in {folder}/, figures in {' '.join(map(str, copies))}", flush=True)
+    say(f"results in {folder}/, figures in {' '.join(map(str, copies))}")
+    training, testing = np.diff(times)
+    say(f"training took {training:.0f} s and testing {testing:.0f} s, with compiling")
 
 
 def join_hosts():
     """Join the other hosts, if their coordinator is named."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and not jax.distributed.is_initialized():
-        print(f"joining the hosts at {address}, for at most {JOINING} s", flush=True)
-        place = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+        say(f"joining the hosts at {address}, for at most {JOINING} s")
+        place = [
+            os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        ]
         place = [int(x) if x else None for x in place]
         jax.distributed.initialize(None, *place, initialization_timeout=JOINING)
 
@@ -1168,14 +1284,19 @@ def configure_backend():
 
 def main(argv=None):
     """Run the command line."""
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends a long computation at once
+    interrupt = signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # ends a long computation at once
     try:
         configure_backend()
         execute(*prepare(argv))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        stop("out of memory; try fewer tasks (--batch_train), chips, --dac_bits or neurons", 1)
+        stop(
+            "out of memory; try fewer tasks (--batch_train), chips, --dac_bits or neurons",
+            1,
+        )
     finally:
         signal.signal(signal.SIGINT, interrupt)
 

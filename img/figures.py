@@ -4,6 +4,7 @@ One colour a quantity, told apart in grey; the user's settings of matplotlib hav
 """
 
 import io
+import textwrap
 
 import matplotlib
 import matplotlib.style
@@ -26,12 +27,15 @@ STYLE = {
 }
 LEAST = 1e-4  # the lowest error that a logarithmic axis shows
 
-plain = matplotlib.style.context(["default", STYLE])  # decorates what makes or saves a figure
+plain = matplotlib.style.context(
+    ["default", STYLE]
+)  # decorates what makes or saves a figure
 
 
 @plain
-def png(figure):
-    """The figure's file as bytes."""
+def png(figure, note=""):
+    """The figure's file as bytes, with a note in small print below."""
+    figure.supxlabel(textwrap.fill(note, 150), fontsize=6.5, color="#666666")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     return image.getvalue()
@@ -58,7 +62,9 @@ def band(axes, x, mean, half, **style):
 def legend_above(figure, axes, n_columns):
     """Put the legend of axes above everything."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=n_columns, frameon=False)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=n_columns, frameon=False
+    )
 
 
 def plain_ticks(axis):
@@ -112,7 +118,9 @@ def training(rows, yardsticks, n_chips):
         marker=marker,
         label="test, before adaptation",
     )
-    axes.plot(step, columns["loss"], color=LATE, ls="-.", marker=marker, label="outer loss")
+    axes.plot(
+        step, columns["loss"], color=LATE, ls="-.", marker=marker, label="outer loss"
+    )
     band(
         axes,
         step,
@@ -123,6 +131,9 @@ def training(rows, yardsticks, n_chips):
         marker=marker,
         label=f"test, after adaptation ({n_chips} chips, 95 %)",
     )
+    for k in np.flatnonzero(np.diff(columns["ttest"])):
+        label = f"from here tested at {columns['ttest'][k + 1]:g} s"
+        axes.axvline(step[k], color=OTHER, ls=":", label=label)
     axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log")
     axes.set_xlim(0, max(step[-1] * 1.02, 1))
     plain_ticks(axes.yaxis)
@@ -130,14 +141,23 @@ def training(rows, yardsticks, n_chips):
     return figure
 
 
-def show_task(axes, levels, curves, x, y):
-    """Draw one task, the output before and after adaptation, and the samples x, y of it."""
+def show_task(axes, edges, curves, x, y):
+    """Draw one task, the output before and after adaptation, each level between its edges,
+    and the samples x, y of the task."""
     truth, before, after = curves
-    axes.plot(levels, truth, color=TRUTH, lw=1, label="task")
-    axes.plot(levels, before, color=BEFORE, ls="--", lw=1.6, label="output before")
-    axes.plot(levels, after, color=AFTER, lw=2.2, label="output after")
+    axes.stairs(truth, edges, baseline=None, color=TRUTH, lw=1, label="task")
+    axes.stairs(
+        before,
+        edges,
+        baseline=None,
+        color=BEFORE,
+        ls="--",
+        lw=1.6,
+        label="output before",
+    )
+    axes.stairs(after, edges, baseline=None, color=AFTER, lw=2.2, label="output after")
     axes.plot(x, y, "o", color=LATE, ms=4.5, label="samples seen")
-    axes.set_xlim(levels[0], levels[-1])
+    axes.set_xlim(edges[0], edges[-1])
 
 
 def mark_mean(axes, x, height, text, color):
@@ -184,14 +204,16 @@ def show_errors(axes, before, after, n_pulses):
 
 
 @plain
-def testing(levels, episodes, results):
-    """Figure of four tasks at inputs levels [L], and of all chips' errors; results as in
+def testing(edges, episodes, results):
+    """Figure of four tasks, the levels' edges [L + 1], and of all chips' errors; results as in
     results.json."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplot_mosaic("AABBEEEE\nCCDDEEEE")
     trial = episodes.trial
-    for panel, curves, x, y in zip("ABCD", episodes.curves, trial.x, trial.y, strict=False):
-        show_task(axes[panel], levels, curves, x, y)
+    for panel, curves, x, y in zip(
+        "ABCD", episodes.curves, trial.x, trial.y, strict=False
+    ):
+        show_task(axes[panel], edges, curves, x, y)
         axes[panel].tick_params(labelbottom=panel in "CD")
     for panel in "AC":
         axes[panel].set_ylabel("y")
@@ -217,7 +239,13 @@ def laws(name, panels):
     for ax, (xlabel, ylabel, x, law, samples) in zip(axes.flat, panels, strict=True):
         mean, std = np.mean(samples, 0), np.std(samples, 0)
         ax.fill_between(
-            x, mean - std, mean + std, color=AFTER, alpha=0.3, lw=0, label="simulated, ± 1 std"
+            x,
+            mean - std,
+            mean + std,
+            color=AFTER,
+            alpha=0.3,
+            lw=0,
+            label="simulated, ± 1 std",
         )
         ax.plot(x, mean, color=AFTER, ls="--", label="simulated, mean")
         ax.plot(x, law, color=TRUTH, lw=1, label="law without noise")
@@ -258,15 +286,12 @@ def half_width(summary):
 
 
 @plain
-def lines(found, xlabel, xscale="linear", ticks=None):
-    """Figure of errors along x, a line for each label of found, {label: (x, summary)};
-    ticks {x: label}."""
+def lines(found, xlabel, xscale="linear"):
+    """Figure of errors along x, a line for each label of found, {label: (x, summary)}."""
     figure, axes = empty(4.5)
     for (label, (x, summary)), style in zip(found.items(), STYLES, strict=False):
         band(axes, x, summary["mean"], half_width(summary), label=label, **style)
     axes.set(xlabel=xlabel, xscale=xscale, ylabel="mean squared error", ylim=0)
-    if ticks:
-        axes.set_xticks(list(ticks), list(ticks.values()))
     legend_above(figure, axes, 2 if len(found) > 3 else 3)
     return figure
 

@@ -47,7 +47,9 @@ def program(device, targets):
 def ageing(device):
     """G (µS) at AGES of devices programmed to half of g_prog, [2·N, AGES]."""
     target = jnp.full((2, N, 1), device.g_prog / 2)
-    xbar = analog.place(jax.random.key(3), device, blank(device, (N, 1)), target, 0.0, 0.0)
+    xbar = analog.place(
+        jax.random.key(3), device, blank(device, (N, 1)), target, 0.0, 0.0
+    )
     g = jax.vmap(functools.partial(analog.drift, device, xbar))(jnp.array(AGES))
     return g.reshape(len(AGES), -1).T
 
@@ -67,7 +69,9 @@ def read_noise(device, targets):
 def report(device, targets, done):
     """Print what programming takes and leaves by range of targets."""
     error = done.xbar.g - targets
-    print(f"{device.name}: what programming takes and leaves, mean of {2 * N} devices a target")
+    print(
+        f"{device.name}: what programming takes and leaves, mean of {2 * N} devices a target"
+    )
     print("  targets (µS)     SET pulses    RESETs     reads   rms error (µS)")
     for part in np.array_split(np.arange(N_TARGETS), 4):
         pulses, resets, reads = (np.mean(x[..., part]) for x in done[1:])
@@ -77,7 +81,9 @@ def report(device, targets, done):
             f"  {low:5.2f} to {high:5.2f}{pulses:14.1f}{resets:10.2f}{reads:10.1f}{rms:17.3f}"
         )
     if not np.any(done.reads):
-        print("  (programmed with an error of its law; the pulses of that are not known)")
+        print(
+            "  (programmed with an error of its law; the pulses of that are not known)"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -85,7 +91,13 @@ def simulate(device):
     """All that is drawn, from one compiled program."""
     targets = jnp.linspace(device.g_min, device.g_prog, N_TARGETS)
     done = program(device, targets)
-    return staircases(device), ageing(device), read_noise(device, targets), targets, done
+    return (
+        staircases(device),
+        ageing(device),
+        read_noise(device, targets),
+        targets,
+        done,
+    )
 
 
 def draw(device, steps, aged, noise, targets, done):
@@ -116,14 +128,17 @@ def draw(device, steps, aged, noise, targets, done):
 def main():
     """Draw and report the device on the command line, and end the process."""
     parser = train.Parser(prog="analog.py", description=__doc__)
-    parser.add_argument("--device", default="pcm", help="a built-in name or a JSON file")
+    parser.add_argument(
+        "--device", default="pcm", help="a built-in name or a JSON file"
+    )
     device, *others = train.devices_of(parser.parse_args().device)
     if others:
         train.stop("--device: one at a time")
     found = jax.device_get(simulate(device))
     report(device, *found[3:])
     path = (
-        Path(__file__).parent / f"model{'' if device.name == 'pcm' else '_' + device.name}.png"
+        Path(__file__).parent
+        / f"model{'' if device.name == 'pcm' else '_' + device.name}.png"
     )
     train.write(path, figures.png(draw(device, *found)))
     print(f"figure in {path}")

@@ -1,14 +1,13 @@
 """Studies of a meta-trained network: each prints a table and writes its figure and numbers.
 
-    python img/studies.py chips|drift|life|faults|updates RUN [--n 256] [--out DIR]
+    python img/studies.py chips|drift|life|updates RUN [--n 256] [--out DIR]
     python img/studies.py limits|bits|steps [--n 256] [--out DIR] [flags of train.py]
 
 chips     one network on new, old, used and faulty chips of every built-in device
 drift     how a task that was learned ages, and how an old chip learns
 life      50 tasks in sequence on one chip, with four ways to keep its readout
-faults    devices that are stuck
 updates   sizes of pulses against those of gradient descent and Adam
-limits    one non-ideality off at a time; other rules; bounds of any rule
+limits    other devices, one non-ideality at a time; other rules; bounds of any rule
 bits      bits of an update
 steps     looks at a task
 
@@ -72,9 +71,7 @@ def learn(key, meta, cfg, device, chip, trial, times):
     """The readouts of a chip after each look at a trial, and the pulses of each look."""
     look_key, adapt_key = jax.random.split(key)
     looks = train.look_at(look_key, cfg, device, chip, times)
-    theta = jnp.exp(meta.log_theta)
-    readout = chip.xbars.readout
-    return train.adapt(adapt_key, cfg, device, readout, looks, theta, trial.support, times)
+    return train.adapt(adapt_key, meta, cfg, device, chip, looks, trial.support, times)
 
 
 def moments_at(key, cfg, device, chip, t):
@@ -106,7 +103,9 @@ def show(label, values):
     """Print mean, interval and number of values [n]; their summary."""
     found = train.summary(values)
     interval = f" ± {found['ci95']:.3f}" if "ci95" in found else ""
-    print(f"  {label:<64}{found['mean']:9.3f}{interval}  (n = {found['n']})", flush=True)
+    print(
+        f"  {label:<64}{found['mean']:9.3f}{interval}  (n = {found['n']})", flush=True
+    )
     return found
 
 
@@ -127,7 +126,9 @@ def reset(key, device, readout, target, t):
     """analog.Programmed of a readout whose devices were all RESET."""
     every = jnp.ones(target.shape, bool)
     none = jnp.zeros(target.shape, int)
-    return analog.Programmed(analog.reset(key, device, readout, every, t), none, none + 1, none)
+    return analog.Programmed(
+        analog.reset(key, device, readout, every, t), none, none + 1, none
+    )
 
 
 def nothing(key, device, readout, target, t):
@@ -165,7 +166,11 @@ def lives(key, meta, cfg, device, policy):
         trial = train.draw_trial(trial_key, cfg)
         used = with_readout(chip, done.xbar)
         after, fired, error = meet(meet_key, meta, cfg, device, used, trial, times)
-        return after, {"error": error, "pulses": fired + done.pulses, "resets": done.resets}
+        return after, {
+            "error": error,
+            "pulses": fired + done.pulses,
+            "resets": done.resets,
+        }
 
     tasks = jax.random.split(life_key, N_LIFE), jnp.arange(float(N_LIFE))
     return jax.lax.scan(task, chip.xbars.readout, tasks)[1]
@@ -189,9 +194,15 @@ def life(options):
         for what, counts in found.items():
             of_device = np.sum(counts, 1)  # [n, 2, H, 1], in a life
             for label, x in (
-                (f"{what} of the readout for a task", np.sum(of_device, (1, 2, 3)) / N_LIFE),
+                (
+                    f"{what} of the readout for a task",
+                    np.sum(of_device, (1, 2, 3)) / N_LIFE,
+                ),
                 (f"{what} of a device in its life", np.mean(of_device, (1, 2, 3))),
-                (f"{what} of the busiest device in its life", np.max(of_device, (1, 2, 3))),
+                (
+                    f"{what} of the busiest device in its life",
+                    np.max(of_device, (1, 2, 3)),
+                ),
             ):
                 of[label] = show(label, x)
         numbers[name] = of
@@ -199,7 +210,7 @@ def life(options):
     return numbers, figures.lines(drawn, "task in sequence on one chip")
 
 
-# ---- chips and faults ----------------------------------------------------------------------------
+# ---- chips ---------------------------------------------------------------------------------------
 
 
 def stuck(device, share):
@@ -219,7 +230,9 @@ def regression(key, meta, cfg, device):
     """Squared errors of readouts of a chip that were found by regression on its noisy
     traces, [RIDGES]: as computed, and as written to the chip and read; and of the best
     readout for all inputs."""
-    chip_key, trial_key, look_key, write_key, read_key, query_key = jax.random.split(key, 6)
+    chip_key, trial_key, look_key, write_key, read_key, query_key = jax.random.split(
+        key, 6
+    )
     chip = deployed(chip_key, meta, cfg, device)
     trial = train.draw_trial(trial_key, cfg)
     looks = train.look_at(look_key, cfg, device, chip, times_at(cfg, cfg.tread))
@@ -236,12 +249,17 @@ def regression(key, meta, cfg, device):
         written = network.read_readout(read_key, device, done.xbar, cfg.ttest)
         return {
             "ridge regression": train.squared_error(query, trial.query, w),
-            "ridge regression, written": train.squared_error(query, trial.query, written),
+            "ridge regression, written": train.squared_error(
+                query, trial.query, written
+            ),
         }
 
     best = jnp.linalg.solve(query.second[0] + 1e-5 * eye, trial.query.y @ query.first)
     best = train.squared_error(query, trial.query, best)
-    return {**jax.lax.map(fit, jnp.array(RIDGES)), "best readout of all inputs": best[None]}
+    return {
+        **jax.lax.map(fit, jnp.array(RIDGES)),
+        "best readout of all inputs": best[None],
+    }
 
 
 def show_best(label, errors):
@@ -260,7 +278,9 @@ def chips(options):
         if device.g_max != options.run.devices[0].g_max or name == "perf":
             continue
         new = tested(train.episode, options, device).measured["mse"]
-        used = tested(functools.partial(lives, policy=restore), options, device)["error"]
+        used = tested(functools.partial(lives, policy=restore), options, device)[
+            "error"
+        ]
         faulty = tested(train.episode, options, stuck(device, 0.01)).measured["mse"]
         ridge = tested(regression, options, device)["ridge regression, written"]
         rows[name] = {
@@ -278,24 +298,15 @@ def chips(options):
     )
 
 
-def faults(options):
-    """Devices that are stuck, half of them at g_max."""
-    rows = {}
-    for share in (0.0, 0.005, 0.01):
-        device = stuck(options.run.devices[0], share)
-        label = f"{share:.1%} of devices stuck"
-        mse = tested(train.episode, options, device).measured["mse"]
-        rows[label] = [show(f"{label}, before", mse[:, 0]), show(f"{label}, after", mse[:, -1])]
-    return rows, figures.bars(rows, ("before adaptation", "after adaptation"))
-
-
 # ---- drift ---------------------------------------------------------------------------------------
 
 
 def aged(key, meta, cfg, device):
     """Squared errors [ages] of one chip by what was done, times in seconds since
     deployment."""
-    chip_key, first_key, second_key, learn_key, scale_key, ages_key = jax.random.split(key, 6)
+    chip_key, first_key, second_key, learn_key, scale_key, ages_key = jax.random.split(
+        key, 6
+    )
     chip = deployed(chip_key, meta, cfg, device)
     first = train.draw_trial(first_key, cfg)
     second = train.draw_trial(second_key, cfg)
@@ -314,7 +325,9 @@ def aged(key, meta, cfg, device):
         fresh = meet(fresh_key, meta, cfg, device, chip, first, times)
         again = meet(again_key, meta, cfg, device, restored, second, times)
         return {
-            **kept(kept_key, cfg, device, chip, readout, jnp.sum(seen), first, times.query),
+            **kept(
+                kept_key, cfg, device, chip, readout, jnp.sum(seen), first, times.query
+            ),
             "first adapted at that age": fresh[-1],
             "restored, second task at that age": again[-1],
         }
@@ -329,12 +342,17 @@ def kept(key, cfg, device, chip, readout, reference, trial, t):
     g = analog.read(readout_key, device, readout, t)
     w = analog.weights(device, g)[:, 0]
     found = {}
-    for label, compensate in (("hidden layers not compensated", False), ("compensated", True)):
+    for label, compensate in (
+        ("hidden layers not compensated", False),
+        ("compensated", True),
+    ):
         other = dataclasses.replace(cfg, compensate=compensate)
         moments = moments_at(hidden_key, other, device, chip, t)
         found[f"adapted once, {label}"] = train.squared_error(moments, trial.query, w)
     scaled = w * reference / jnp.sum(g)
-    found["adapted once, readout too"] = train.squared_error(moments, trial.query, scaled)
+    found["adapted once, readout too"] = train.squared_error(
+        moments, trial.query, scaled
+    )
     return found
 
 
@@ -369,39 +387,28 @@ def trained(name, options, change=lambda device: device, **flags):
     return train.train(run, folder)
 
 
+def compare(settings, options):
+    """Networks trained with each of the settings, {label: flags}."""
+    rows = {}
+    for label, flags in settings.items():
+        net = trained(label.replace(" ", "_"), options, **flags)
+        rows[label] = [final_error(label, options, net=net)]
+    return rows, figures.bars(rows, ("after adaptation",))
+
+
 def bits(options):
     """Bits of an update, real and ideal devices."""
-    numbers, drawn = {}, {}
-    kinds = {str(n): {"n_bits": n} for n in range(2, 7)}
-    kinds["real"] = {"n_bits": 6, "rule": "real"}
+    settings = {}
     for name in ("pcm", "perf"):
-        found = {}
-        for kind, flags in kinds.items():
-            net = trained(f"{name}_bits_{kind}", options, device=name, **flags)
-            found[kind] = final_error(f"{name}, {kind} bits", options, net=net)
-        numbers[name] = found
-        drawn[name] = range(2, 8), joined(found.values())
-    ticks = dict(zip(range(2, 8), kinds, strict=True))
-    return numbers, figures.lines(drawn, "bits of an update", ticks=ticks)
-
-
-def joined(summaries):
-    """The summaries of single numbers as one of a vector."""
-    return {name: [x.get(name, 0.0) for x in summaries] for name in ("mean", "ci95")}
+        for n in range(2, 7):
+            settings[f"{name} {n} bits"] = {"device": name, "n_bits": n}
+        settings[f"{name} real-valued"] = {"device": name, "n_bits": 6, "rule": "real"}
+    return compare(settings, options)
 
 
 def steps(options):
     """Looks at a task: networks trained for so many."""
-    numbers, drawn = {}, {}
-    for n_inner in (1, 2, 4, 8):
-        net = trained(f"looks_{n_inner}", options, n_inner=n_inner)
-        mse = tested(train.episode, options, net=net).measured["mse"]
-        label = f"trained for {n_inner}"
-        for k, errors in enumerate(mse.T):
-            show(f"{label} looks, after {k}", errors)
-        numbers[label] = train.summary(mse)
-        drawn[label] = range(n_inner + 1), numbers[label]
-    return numbers, figures.lines(drawn, "looks", ticks={k: str(k) for k in range(9)})
+    return compare({f"{n} looks": {"n_inner": n} for n in (1, 2, 4, 8)}, options)
 
 
 # ---- limits --------------------------------------------------------------------------------------
@@ -409,13 +416,16 @@ def steps(options):
 PULSE_NOISE = {"set_std_slope": 0.0, "set_std_offset": 0.0, "set_std_history": 0.0}
 READ_NOISE = {"read_slope": 0.0, "read_offset": 0.0}
 DRIFT = {"nu_mean": 0.0, "nu_std": 0.0}
-NOTHING = {}
-LACKS = {  # what is off: constants of a nandakumar device, and whether programming is exact
-    "pulse noise": (PULSE_NOISE, False),
-    "read noise": (READ_NOISE, False),
-    "drift": (DRIFT, False),
-    "programming error": (NOTHING, True),
-    "noise or drift at all": (PULSE_NOISE | READ_NOISE | DRIFT, True),
+DEVICES = {  # other constants of a device of the family nandakumar
+    "no pulse noise": PULSE_NOISE,
+    "no read noise": READ_NOISE,
+    "no drift": DRIFT,
+    "no noise, no drift": PULSE_NOISE | READ_NOISE | DRIFT,
+    "1 % of devices stuck": {"stuck_low": 0.005, "stuck_high": 0.005},
+}
+RULES = {
+    "one threshold for all synapses": {"shared_thr": True},
+    "real-valued updates": {"rule": "real"},
 }
 
 
@@ -423,28 +433,20 @@ def limits(options):
     """One non-ideality off at a time; other rules; bounds of any rule for the readout."""
     net = trained("as_is", options)
     rows = {"as it is": [final_error("as it is", options, net=net), None]}
-    for name, (constants, is_exact) in LACKS.items():
+    for label, constants in DEVICES.items():
 
         def change(device, constants=constants):
             return analog.make(analog.describe(device) | constants)
 
-        flags = {"off_noise": 0.0} if is_exact else {}
-        experiment = train.quick_episode if is_exact else train.episode
-        other = trained(f"no_{name.replace(' ', '_')}", options, change, **flags)
-        in_test = net._replace(cfg=dataclasses.replace(net.cfg, **flags), devices=other.devices)
-        rows[f"no {name}"] = [
-            show(
-                f"no {name}, {where}",
-                tested(experiment, options, net=run).measured["mse"][:, -1],
-            )
-            for where, run in (("in the test", in_test), ("in training too", other))
+        other = trained(label.replace(" ", "_"), options, change)
+        rows[label] = [
+            final_error(
+                f"{label}, in the test", options, net=net, device=other.devices[0]
+            ),
+            final_error(f"{label}, in training too", options, net=other),
         ]
-    for label, flags in (
-        ("one threshold for all synapses", {"shared_thr": True}),
-        ("real-valued updates", {"rule": "real"}),
-    ):
-        other = trained(label.replace(" ", "_"), options, **flags)
-        rows[label] = [None, final_error(label, options, net=other)]
+    trained_with, _ = compare(RULES, options)
+    rows |= {label: [None, *row] for label, row in trained_with.items()}
     for label, errors in tested(regression, options, net=net).items():
         rows[label] = [show_best(label, errors), None]
     return rows, figures.bars(rows, ("in the test", "in training too"))
@@ -491,7 +493,9 @@ def moves(key, meta, cfg, device):
     w = looks.readout
     return {
         "meta-learned pulses": jnp.where(fired, jnp.abs(moved), 0.0),
-        "gradient descent, half the largest stable rate": walk(descent, 0.0, rate, w, gradient),
+        "gradient descent, half the largest stable rate": walk(
+            descent, 0.0, rate, w, gradient
+        ),
         "Adam at 0.001": walk(train.adam, train.adam_start(w), 1e-3, w, gradient),
     }
 
@@ -507,13 +511,15 @@ def updates(options):
         low, median, high = np.quantile(positive, (0.05, 0.5, 0.95)).tolist()
         numbers[label] = {"median": median, "quantiles 0.05, 0.95": [low, high]}
         drawn[label] = positive
-        print(f"  |ΔW| of {label:<48} median {median:.1e}, 90 % from {low:.1e} to {high:.1e}")
+        print(
+            f"  |ΔW| of {label:<48} median {median:.1e}, 90 % from {low:.1e} to {high:.1e}"
+        )
     return numbers, figures.histograms(drawn, "|ΔW| of a synapse in one step")
 
 
 # ---- command line --------------------------------------------------------------------------------
 
-OF_A_RUN = chips, drift, life, faults, updates
+OF_A_RUN = chips, drift, life, updates
 STUDIES = {study.__name__: study for study in (*OF_A_RUN, limits, bits, steps)}
 
 
@@ -527,7 +533,9 @@ def parse(argv):
     )
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("run", nargs="?", help="run folder")
-    parser.add_argument("--n", type=int, default=256, help="chips of a test (default: 256)")
+    parser.add_argument(
+        "--n", type=int, default=256, help="chips of a test (default: 256)"
+    )
     parser.add_argument(
         "--out", type=Path, default=FOLDER / "gallery", help="folder of figures"
     )

@@ -81,7 +81,12 @@ def milliseconds(scripts, code, cores, argument, n):
     environment = {**os.environ, "PYTHONPATH": str(scripts)}
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
-            command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
+            command,
+            cwd=folder,
+            env=environment,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
     return float(run.stdout.split()[-1])
 
@@ -110,7 +115,9 @@ def compare(old, rounds, n):
 
 def seconds_of_a_run(scripts, flags):
     """Time of python train.py from start to end."""
-    variables = {key: x for key, x in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    variables = {
+        key: x for key, x in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"
+    }
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "train.py", *flags],
@@ -152,8 +159,12 @@ def main():
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--full", action="store_true", help="time whole runs")
-    parser.add_argument("--accelerator", action="store_true", help="time this code alone")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (3)")
+    parser.add_argument(
+        "--accelerator", action="store_true", help="time this code alone"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measurements of each (3)"
+    )
     parser.add_argument("--n", type=int, default=50, help="meta-iterations timed (50)")
     parser.add_argument("--n_iter", help="of the whole runs (default: train.py's)")
     options = parser.parse_args()

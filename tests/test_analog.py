@@ -289,7 +289,9 @@ def test_gradient_past_no_pulse_and_past_an_error_is_exactly_one():
 
 # ---- programming ---------------------------------------------------------------------------------
 
-GRID = jnp.tile(jnp.linspace(0.5, 10.0, 11), (2, 200, 1))  # µS, 400 devices of each target
+GRID = jnp.tile(
+    jnp.linspace(0.5, 10.0, 11), (2, 200, 1)
+)  # µS, 400 devices of each target
 
 
 @functools.cache
@@ -304,7 +306,9 @@ def test_program_reaches_its_targets():
     error = np.asarray(done.xbar.g - GRID)
     means = np.mean(error, (0, 1))
     assert math.sqrt(np.mean(error**2)) < 0.45
-    assert np.abs(means[1:-1]).max() < 0.25  # a saturated read or a RESET may pass at the ends
+    assert (
+        np.abs(means[1:-1]).max() < 0.25
+    )  # a saturated read or a RESET may pass at the ends
     assert abs(means.mean()) < 0.15
     assert np.all(done.xbar.t_prog == 9)
 
@@ -395,7 +399,9 @@ def test_programming_error_as_published():
         std = 12 / 25 * (0.26348 + 1.9650 * r - 1.1731 * r**2)
         mean, std = clipped(IBM, target, std)
         expected = math.hypot(mean - target, std)
-        np.testing.assert_allclose(found, expected, rtol=0.1)  # 5 standard errors or more
+        np.testing.assert_allclose(
+            found, expected, rtol=0.1
+        )  # 5 standard errors or more
 
 
 def test_weights_invert_conductances():

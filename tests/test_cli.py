@@ -44,13 +44,17 @@ def whole(tmp_path_factory):
 def assert_complete(run, out, n_inner):
     """A run folder holds all that a run leaves, and its table was printed."""
     assert set(FILES) <= {path.name for path in run.iterdir()}
-    assert out.startswith("meta-analog on cpu (") and f"run folder run/{run.name}" in out
+    assert (
+        out.startswith("meta-analog on cpu (") and f"run folder run/{run.name}" in out
+    )
     assert f"squared error after look {n_inner}" in out
     results = json.loads((run / "results.json").read_text())
     assert results["mse"]["n"] == 5 and len(results["mse"]["mean"]) == n_inner + 1
     checkpoint = arrays(run)
     assert checkpoint["step"] == 6 and checkpoint["hidden1"].shape == (2, 6, 4)
-    np.testing.assert_allclose(checkpoint["theta"], np.exp(checkpoint["log_theta"]), rtol=1e-6)
+    np.testing.assert_allclose(
+        checkpoint["theta"], np.exp(checkpoint["log_theta"]), rtol=1e-6
+    )
 
 
 def assert_figures(folder, suffix):
@@ -89,16 +93,25 @@ def test_perf_draws_figures_of_its_own(quick, monkeypatch):
 def test_a_run_keeps_all_settings(whole):
     folder, _ = whole
     saved = json.loads((folder / "run" / "pcm" / "config.json").read_text())
-    assert saved["config"].keys() == {field.name for field in dataclasses.fields(train.Config)}
-    assert saved["config"]["n_h0"] == 5 and saved["config"]["lr_out"] == pytest.approx(0.1)
+    assert saved["config"].keys() == {
+        field.name for field in dataclasses.fields(train.Config)
+    }
+    assert saved["config"]["n_h0"] == 5 and saved["config"]["lr_out"] == pytest.approx(
+        0.1
+    )
     assert analog.make(saved["device"]) == analog.PCM
-    assert saved["versions"]["jax"] == jax.__version__ and saved["versions"]["x64"] is False
+    assert (
+        saved["versions"]["jax"] == jax.__version__
+        and saved["versions"]["x64"] is False
+    )
     run = train.load(folder / "run" / "pcm")
     assert [row["step"] for row in run.rows] == [2, 4, 6]
     assert all(np.isfinite(list(row.values())).all() for row in run.rows)
 
 
-def test_a_full_disk_loses_nothing_and_the_resumed_run_ends_the_same(whole, here, monkeypatch):
+def test_a_full_disk_loses_nothing_and_the_resumed_run_ends_the_same(
+    whole, here, monkeypatch
+):
     folder, replace = whole[0], train.os.replace
     moved = []
 
@@ -112,9 +125,14 @@ def test_a_full_disk_loses_nothing_and_the_resumed_run_ends_the_same(whole, here
     monkeypatch.setattr(train.os, "replace", full)
     status, _, err = call()
     assert (
-        status == 1 and err.count("\n") == 1 and "No space left" in err and "untouched" in err
+        status == 1
+        and err.count("\n") == 1
+        and "No space left" in err
+        and "untouched" in err
     )
-    assert arrays(here / "run" / "pcm")["step"] == 2 and not list(here.glob("run/pcm/.check*"))
+    assert arrays(here / "run" / "pcm")["step"] == 2 and not list(
+        here.glob("run/pcm/.check*")
+    )
     monkeypatch.setattr(train.os, "replace", replace)
     status, out, _ = call("--resume")
     assert status == 0 and "resuming run/pcm after iteration 2" in out
@@ -158,7 +176,9 @@ def test_the_unit_of_conductance_does_not_matter(whole, tmp_path):
     (pcm, found), (hundred, also) = states
     np.testing.assert_allclose(also["loss"], found["loss"], rtol=1e-3)
     np.testing.assert_allclose(hundred.meta.log_theta, pcm.meta.log_theta, atol=1e-3)
-    for a, b in zip(jax.tree.leaves(hundred.meta.g), jax.tree.leaves(pcm.meta.g), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(hundred.meta.g), jax.tree.leaves(pcm.meta.g), strict=True
+    ):
         # Adam's first steps of 0.1 have that size however small, and rounded, a gradient is.
         np.testing.assert_allclose(a / 100, b, atol=0.05)
 
@@ -198,26 +218,38 @@ def test_resume_goes_on_where_it_should(quick):
     assert call("--run_dir", "parts", "--n_iter", "2")[0] == 0
     assert call("--run_dir", "parts", "--n_iter", "6", "--resume")[0] == 0
     assert_same(quick / "whole", quick / "parts")
-    assert call("--run_dir", "parts", "--resume")[0] == 0  # n_iter is reached: only tests
+    assert (
+        call("--run_dir", "parts", "--resume")[0] == 0
+    )  # n_iter is reached: only tests
     assert_same(quick / "whole", quick / "parts")
     status, _, err = call("--run_dir", "parts", "--resume", "--n_iter", "3")
     assert status == 2 and "past --n_iter 3" in err
-    assert call("--run_dir", "parts", "--resume", "--n_iter", "8", "--lr_drop", "8")[0] == 0
+    assert (
+        call("--run_dir", "parts", "--resume", "--n_iter", "8", "--lr_drop", "8")[0]
+        == 0
+    )
     assert train.load("parts").cfg.lr_drop == 8
 
 
-@pytest.mark.parametrize("flags", ["--n_h0 6", "--lr_out 0.5", "--seed 3", "--device perf"])
+@pytest.mark.parametrize(
+    "flags", ["--n_h0 6", "--lr_out 0.5", "--seed 3", "--device perf"]
+)
 def test_resume_refuses_other_settings(quick, flags):
     assert call("--run_dir", "mine", "--n_iter", "2")[0] == 0
     before = (quick / "mine" / "checkpoint.npz").read_bytes()
-    status, _, err = call("--run_dir", "mine", "--n_iter", "2", "--resume", *flags.split())
+    status, _, err = call(
+        "--run_dir", "mine", "--n_iter", "2", "--resume", *flags.split()
+    )
     assert status == 2 and err.count("\n") == 1 and flags.split()[0] in err
     assert (quick / "mine" / "checkpoint.npz").read_bytes() == before
 
 
 def test_what_a_run_lacks_is_refused_by_name(quick, capsys):
     assert call("--run_dir", "mine", "--n_iter", "2")[0] == 0
-    config, checkpoint = quick / "mine" / "config.json", quick / "mine" / "checkpoint.npz"
+    config, checkpoint = (
+        quick / "mine" / "config.json",
+        quick / "mine" / "checkpoint.npz",
+    )
     good, found = config.read_text(), arrays(quick / "mine")
     for field in dataclasses.fields(train.Config):
         saved = json.loads(good)
@@ -244,7 +276,9 @@ def test_damaged_checkpoints_are_refused_in_one_line(quick, capsys):
         data[random.integers(len(data))] ^= 1 << random.integers(8)
         path.write_bytes(data[: random.integers(len(data))] if trial % 4 == 0 else data)
         try:
-            loaded = train.load("mine")  # a flip in the archive's padding may be harmless
+            loaded = train.load(
+                "mine"
+            )  # a flip in the archive's padding may be harmless
         except SystemExit:
             said = capsys.readouterr().err
             assert said.count("\n") == 1 and "mine" in said
@@ -259,7 +293,9 @@ def test_damaged_checkpoints_are_refused_in_one_line(quick, capsys):
 def quick_process(folder, *flags):
     """A run of stand-ins in a process of its own."""
     command = "import conftest; conftest.quick_main()"
-    return launch(folder, "-c", command, *TINY, "--n_iter", "24", "--run_dir", "run", *flags)
+    return launch(
+        folder, "-c", command, *TINY, "--n_iter", "24", "--run_dir", "run", *flags
+    )
 
 
 def wait_for_step(process, folder, step):
@@ -275,7 +311,9 @@ def wait_for_step(process, folder, step):
 
 def test_an_ended_run_goes_on_and_ends_the_same(quick):
     assert call("--n_iter", "24", "--run_dir", "whole")[0] == 0
-    for step, end in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGKILL)):
+    for step, end in enumerate(
+        (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGKILL)
+    ):
         process = quick_process(quick, *(["--resume"] if step > 0 else []))
         wait_for_step(process, quick, 4 * step)
         time.sleep(0.01 * step)
@@ -295,7 +333,9 @@ def test_an_ended_run_goes_on_and_ends_the_same(quick):
         ("rates", np.array([9.0, 999.0]), "layer 1 is silent or fires"),
     ],
 )
-def test_a_run_that_diverges_stops_with_one_line(quick, monkeypatch, name, value, words):
+def test_a_run_that_diverges_stops_with_one_line(
+    quick, monkeypatch, name, value, words
+):
     good = train.train_chunk
 
     def chunk(cfg, devices, state, key, steps):
@@ -315,6 +355,52 @@ def test_too_little_memory_is_one_line(quick, monkeypatch):
     monkeypatch.setattr(train, "train_chunk", chunk)
     status, _, err = call()
     assert status == 1 and err.startswith("error: out of memory; try fewer tasks")
+
+
+# ---- surroundings --------------------------------------------------------------------------------
+
+
+def test_a_closed_output_loses_nothing(quick):
+    """Its reader has gone; it knows ASCII alone; Python has neither docstrings nor
+    asserts."""
+    command = "import conftest; conftest.quick_main()"
+    flags = [*TINY, "--run_dir", "run"]
+    process = launch(quick, "-OO", "-c", command, *flags, PYTHONIOENCODING="ascii")
+    process.stdout.close()
+    process.wait(timeout=100)
+    assert set(FILES) <= {path.name for path in (quick / "run").iterdir()}
+    process = launch(
+        quick, "-OO", "-c", command, *flags, "--resume", PYTHONIOENCODING="ascii"
+    )
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (0, "") and "95 % interval" in out
+
+
+def test_a_log_has_lines(quick, monkeypatch):
+    monkeypatch.setattr(train, "LOG", 4)
+    _, out, _ = call()
+    line = r"4 of 6: loss \d\.\d{3}, test \d\.\d{3}, \d+\.\d per s, \d+ s left"
+    assert re.search(line, out) and "training took" in out
+
+
+def test_a_platform_that_is_absent_is_one_line(tmp_path):
+    process = launch(tmp_path, str(ROOT / "train.py"), JAX_PLATFORMS="tpu")
+    _, err = process.communicate(timeout=100)
+    assert (
+        process.returncode == 2 and err.count("\n") == 1 and "JAX cannot start" in err
+    )
+
+
+def test_what_has_changed_since_is_said(quick):
+    assert call("--n_iter", "2", "--run_dir", "mine")[0] == 0
+    _, out, _ = call("--n_iter", "4", "--run_dir", "mine", "--resume")
+    assert "changed since" not in out
+    config = quick / "mine" / "config.json"
+    saved = json.loads(config.read_text())
+    saved["versions"] |= {"jax": "0.0", "x64": True}
+    config.write_text(json.dumps(saved))
+    _, out, _ = call("--n_iter", "6", "--run_dir", "mine", "--resume")
+    assert "changed since mine was saved: jax, x64" in out
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -369,7 +455,9 @@ BAD = [
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line_and_status_2(here, flags):
     status, out, err = call(*shlex.split(flags))
-    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    assert (
+        status == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    )
     assert not list(here.rglob("*.npz"))
 
 
@@ -377,8 +465,14 @@ def test_help_names_units_and_defaults(capsys):
     with pytest.raises(SystemExit) as end:
         train.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0 and "default: 251.0" in shown and "0.84 % of the range" in shown
-    assert all(f"--{field.name} " in shown for field in dataclasses.fields(train.Config))
+    assert (
+        end.value.code == 0
+        and "default: 251.0" in shown
+        and "0.84 % of the range" in shown
+    )
+    assert all(
+        f"--{field.name} " in shown for field in dataclasses.fields(train.Config)
+    )
     assert all(name in shown for name in train.PRESETS)
 
 
@@ -420,14 +514,19 @@ def test_any_command_line_is_taken_or_refused_in_one_line(flags):
     argv = [word for name, value in flags for word in (f"--{name}", value)]
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(said),
+        ):
             cfg, devices = train.configure(train.parse(argv)[0])
     except SystemExit as end:
         lines = said.getvalue().count("\n")
         assert (end.code, lines) in ((2, 1), (0, 0))  # 0 for --help among the words
     else:
         assert (
-            cfg.n_iter >= 0 and 0 < cfg.lr_out < np.inf and devices[0].g_min < devices[0].g_max
+            cfg.n_iter >= 0
+            and 0 < cfg.lr_out < np.inf
+            and devices[0].g_min < devices[0].g_max
         )
 
 

@@ -54,7 +54,9 @@ def test_yardstick_equals_a_plain_loop(x64):
     np.testing.assert_allclose(outputs, expected, atol=1e-12)
     y = jnp.sin(u)
     error = oracle.squared_error(dynamics, w, u, y)
-    np.testing.assert_allclose(error, np.mean((expected - np.asarray(y)) ** 2), rtol=1e-12)
+    np.testing.assert_allclose(
+        error, np.mean((expected - np.asarray(y)) ** 2), rtol=1e-12
+    )
 
 
 def test_custom_derivative_equals_autodiff(x64, monkeypatch):
@@ -85,7 +87,9 @@ def test_derivative_of_a_spike_is_the_surrogate():
     assert network.spike(u).tolist() == [0, 0, 1, 1]
     assert np.all(network.spike(0 * u) == 0)
     np.testing.assert_allclose(first(u), 1 / (1 + np.abs(u)) ** 2, rtol=1e-6)
-    np.testing.assert_allclose(second(u), -2 * np.sign(u) / (1 + np.abs(u)) ** 3, rtol=1e-6)
+    np.testing.assert_allclose(
+        second(u), -2 * np.sign(u) / (1 + np.abs(u)) ** 3, rtol=1e-6
+    )
 
 
 # ---- input and start -----------------------------------------------------------------------------
@@ -163,7 +167,9 @@ def test_each_crossbar_is_read_with_noise_of_its_own():
     for key in jax.random.split(KEY):
         reads += network.read_hidden(key, still, chip, 100.0, False)
     samples = [np.ravel(w) for w in reads]
-    std = 2**0.5 * (0.03 * LEVELS[:2] + 0.13) / 11.9  # of the weight of two equal devices
+    std = (
+        2**0.5 * (0.03 * LEVELS[:2] + 0.13) / 11.9
+    )  # of the weight of two equal devices
     assert_own(np.array(samples), [*std, *std])
 
 
@@ -172,7 +178,9 @@ def ramp(first, last, shape):
     return jnp.linspace(first, last, np.prod(shape)).reshape(shape)
 
 
-CELLS = network.Network((ramp(2, 9, (2, 6, 5)), ramp(9, 2, (2, 6, 5))), ramp(2, 7, (2, 5, 1)))
+CELLS = network.Network(
+    (ramp(2, 9, (2, 6, 5)), ramp(9, 2, (2, 6, 5))), ramp(2, 7, (2, 5, 1))
+)
 
 
 # Without noise, and all devices drift alike.

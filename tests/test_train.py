@@ -15,7 +15,14 @@ import network
 import train
 
 KEY = jax.random.key(3)
-SMALL = {"n_h0": 7, "n_h1": 6, "batch_train": 4, "task_size": 5, "dac_bits": 4, "n_iter": 4}
+SMALL = {
+    "n_h0": 7,
+    "n_h1": 6,
+    "batch_train": 4,
+    "task_size": 5,
+    "dac_bits": 4,
+    "n_iter": 4,
+}
 
 
 def configured(**flags):
@@ -108,7 +115,9 @@ def test_query_error_equals_the_mean_over_a_fine_grid(x64, last):
     e = e[-1:] if last else e
     task = train.draw_sinusoid(KEY)
     w = jax.random.normal(KEY, (cfg.n_h1,))
-    x = jnp.linspace(-5.0, 5.0, 16 * 2000 + 1)[:-1] + 5 / 16 / 2000  # midpoints, 2,000 a level
+    x = (
+        jnp.linspace(-5.0, 5.0, 16 * 2000 + 1)[:-1] + 5 / 16 / 2000
+    )  # midpoints, 2,000 a level
     outputs = (e @ w)[:, network.level(cfg.dac_bits, x)]
     expected = jnp.mean((outputs - train.sinusoid(task, x)) ** 2)
     samples = train.samples_of_range(cfg, task)
@@ -215,7 +224,7 @@ def met():
         patch.setattr(train, "draw_trial", lambda key, cfg: trial)
         run = jax.jit(
             lambda meta: train.meet(
-                train.moments_of_range, KEY, cfg, devices[0], meta, make, times, 3
+                train.moments_of_range, KEY, meta, cfg, devices[0], make, times, 3
             )
         )
         return run(meta), times
@@ -223,7 +232,9 @@ def met():
 
 def test_only_pulsed_devices_change_at_the_time_of_their_pulse():
     done, times = met()
-    for k, (before, after) in enumerate(zip(done.readouts, done.readouts[1:], strict=False)):
+    for k, (before, after) in enumerate(
+        zip(done.readouts, done.readouts[1:], strict=False)
+    ):
         fired = done.pulses[k] > 0
         assert 0 < fired.sum() < fired.size
         assert np.all(after.t_prog[fired] == times.pulses[k])
@@ -259,7 +270,9 @@ def test_ages_of_meta_training_are_log_uniform(monkeypatch):
     share = np.sort(np.log(np.array(ages) / 100) / np.log(1000))
     assert 0 <= share[0] and share[-1] <= 1
     uniform = np.linspace(0, 1, 400)
-    assert np.abs(share - uniform).max() < 1.63 / 400**0.5  # Kolmogorov and Smirnov, 1 %
+    assert (
+        np.abs(share - uniform).max() < 1.63 / 400**0.5
+    )  # Kolmogorov and Smirnov, 1 %
 
 
 # ---- outer loop ----------------------------------------------------------------------------------
@@ -368,7 +381,10 @@ def hosts(n):
     if n == 1:
         return [{"JAX_NUM_CPU_DEVICES": "2"}]
     joint = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n)}
-    return [{**joint, "JAX_NUM_CPU_DEVICES": "1", "JAX_PROCESS_ID": str(i)} for i in range(n)]
+    return [
+        {**joint, "JAX_NUM_CPU_DEVICES": "1", "JAX_PROCESS_ID": str(i)}
+        for i in range(n)
+    ]
 
 
 @pytest.mark.parametrize("n_hosts, n_chips", [(1, 1), (1, 2), (2, 2)])
@@ -376,7 +392,8 @@ def test_two_devices_equal_one(tmp_path, n_hosts, n_chips):
     """One chip's levels over both; a chip on each; a chip on each of two hosts."""
     file = str(tmp_path / "found.npz")
     runs = [
-        launch(tmp_path, "-c", PARTS, file, str(n_chips), **host) for host in hosts(n_hosts)
+        launch(tmp_path, "-c", PARTS, file, str(n_chips), **host)
+        for host in hosts(n_hosts)
     ]
     for run in runs:
         _, err = run.communicate(timeout=200)
@@ -411,9 +428,13 @@ def learned():
     state, chunks = start(cfg, devices), []
     for first in (0, LENGTH):
         steps = np.arange(first, first + LENGTH)
-        state, measured = train.train_chunk(cfg, devices, state, train.stream(cfg, 1), steps)
+        state, measured = train.train_chunk(
+            cfg, devices, state, train.stream(cfg, 1), steps
+        )
         chunks.append(measured)
-    episodes = train.test(train.episode, cfg, devices[0], 64, train.stream(cfg, 2), state.meta)
+    episodes = train.test(
+        train.episode, cfg, devices[0], 64, train.stream(cfg, 2), state.meta
+    )
     return cfg, devices, state, chunks, episodes
 
 
@@ -470,14 +491,20 @@ def test_episodes_equal_a_plain_loop():
         e, before, after, expected = plain_episode(
             cfg, devices[0], jax.device_get(state.meta), one.trial.x, one.trial.y
         )
-        y2 = one.trial.query.y2 - np.mean(one.curves[0] ** 2)  # of the targets within levels
+        y2 = one.trial.query.y2 - np.mean(
+            one.curves[0] ** 2
+        )  # of the targets within levels
         for name, part in (("mse", e), ("mse_last", e[-1:])):
-            errors = [np.mean((part @ w - one.curves[0]) ** 2) + y2 for w in (before, after)]
+            errors = [
+                np.mean((part @ w - one.curves[0]) ** 2) + y2 for w in (before, after)
+            ]
             np.testing.assert_allclose(one.measured[name], errors, rtol=0.02)
         for name, value in expected.items():
             np.testing.assert_allclose(one.measured[name], value, rtol=1e-4)
         outputs = np.stack([np.mean(e, 0) @ w for w in (before, after)])
-        np.testing.assert_allclose(one.curves[1:], outputs, atol=0.02 * np.abs(outputs).max())
+        np.testing.assert_allclose(
+            one.curves[1:], outputs, atol=0.02 * np.abs(outputs).max()
+        )
 
 
 def test_the_shipped_network_learns_a_new_task():

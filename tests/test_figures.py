@@ -1,0 +1,127 @@
+"""Figures show all that they are given; studies run from start to figure."""
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+from conftest import TINY
+
+import analog
+import train
+from img import figures, studies
+
+KEY = jax.random.key(5)
+YARDSTICKS = {"predicting 0": 4.2, "best function that ignores the task": 3.0}
+
+
+def rows(n, **columns):
+    """Rows of metrics.csv with errors that fall."""
+    return [
+        {
+            "step": 200 * (k + 1),
+            "loss": 24.8 / (k + 1),
+            "test_before": 30.0,
+            "test_mse": 24.0 / (k + 1),
+            "test_ci95": 1.0,
+            "ttest": 251.0,
+            **columns,
+        }
+        for k in range(n)
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_the_axes_of_training_show_all_data(n):
+    figure = figures.training(rows(n), YARDSTICKS, 64)
+    low, high = figure.axes[0].get_ylim()
+    assert low <= 3.0 and high >= 30.0 and low <= 24.0 / n
+
+
+def test_a_new_time_of_the_test_is_marked():
+    both = rows(2) + rows(2, ttest=1e6)
+    labels = (
+        figures.training(both, YARDSTICKS, 64).axes[0].get_legend_handles_labels()[1]
+    )
+    assert "from here tested at 1e+06 s" in labels
+    figure = figures.training(rows(2), YARDSTICKS, 64)
+    assert not any(
+        "tested at" in x for x in figure.axes[0].get_legend_handles_labels()[1]
+    )
+
+
+def test_the_axes_of_testing_show_all_data():
+    """Also with two levels and with errors far from the usual."""
+    cfg, _ = train.configure({"dac_bits": 1, "task_size": 5})
+    trial = jax.vmap(lambda key: train.draw_trial(key, cfg))(jax.random.split(KEY, 8))
+    errors = np.geomspace(1e-2, 300.0, 16).reshape(8, 2)
+    episodes = train.Episode({"mse": errors}, trial, np.ones((8, 3, 2)))
+    edges = np.linspace(-5, 5, 3)
+    figure = figures.testing(edges, episodes, {"pulses": {"mean": 3.0}})
+    limits = {axes.get_xlim() for axes in figure.axes if axes.get_xscale() == "linear"}
+    assert limits == {(-5, 5)}
+    (chips,) = (axes for axes in figure.axes if axes.get_xscale() == "log")
+    assert chips.get_xlim()[0] <= 0.01 and chips.get_xlim()[1] >= 300
+
+
+def test_settings_of_the_users_matplotlib_have_no_say():
+    with matplotlib.rc_context({"text.usetex": True, "font.family": "nowhere"}):
+        figure = figures.training(rows(3), YARDSTICKS, 64)
+        assert figures.png(figure, "run/pcm, seed 0")[:4] == b"\x89PNG"
+
+
+def test_an_interval_needs_64_chips():
+    assert "ci95" not in train.summary(np.arange(63.0))
+    found = train.summary(np.arange(64.0))
+    assert found["ci95"] == pytest.approx(1.96 * np.std(np.arange(64), ddof=1) / 8)
+
+
+# ---- studies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [studies.restore, studies.refresh])
+def test_keeping_a_readout_keeps_its_mean_weight(policy):
+    """Five times, 1,000 s apart."""
+    device = analog.PCM
+    target = analog.conductances(device, jnp.full((1000, 1), 0.4))
+
+    def again(readout, inputs):
+        key, t = inputs
+        return policy(key, device, readout, target, t).xbar, None
+
+    @jax.jit
+    def last(key):
+        xbar = analog.deploy(key, device, target)
+        times = 1000.0 * jnp.arange(1.0, 6.0)
+        return jax.lax.scan(again, xbar, (jax.random.split(key, 5), times))[0]
+
+    w = analog.weights(device, last(KEY).g)
+    # Pulses approach a target from below, and a read at g_min is clipped: 0.012 each time.
+    assert abs(jnp.mean(w) - 0.4) < (5 if policy is studies.refresh else 1) * 0.012
+
+
+def test_a_reset_readout_is_at_its_lowest():
+    device = analog.PCM
+    xbar = analog.deploy(KEY, device, jnp.full((2, 50, 1), 6.0))
+    done = studies.reset(KEY, device, xbar, xbar.g, 100.0)
+    assert done.xbar.g.max() < 0.2 and done.resets.sum() == 100
+
+
+def test_a_study_from_start_to_figure(here, monkeypatch, capsys):
+    monkeypatch.setattr(studies, "AGES", (150.0, 1e6))
+    cfg, devices = train.configure(train.parse(TINY)[0])
+    state = train.start(train.stream(cfg, 0), cfg, devices)
+    train.save(train.Run(cfg, devices, state), here / "mine")
+    studies.main(["drift", "mine", "--n", "3", "--out", "."])
+    out = capsys.readouterr().out
+    assert "restored, second task at that age, 1e+06 s" in out and "(n = 3)" in out
+    assert (here / "drift.png").exists() and (here / "drift.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["drift", "chips mine --n 0", "bits run/x", "nothing"]
+)
+def test_bad_input_to_a_study_is_one_line(here, capsys, words):
+    with pytest.raises(SystemExit) as end:
+        studies.main(words.split())
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
