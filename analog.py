@@ -152,9 +152,7 @@ class Device(NamedTuple):
     g_prog: float  # µS, the highest G that programming reaches
     set_slope: float  # mean ΔG of a SET pulse, per µS of G
     set_offset: float  # µS, mean ΔG at G = 0
-    set_history: (
-        float  # µS, mean ΔG added at P = 1 (the first pulses after RESET act more)
-    )
+    set_history: float  # µS, mean ΔG added at P = 1, as the first pulses act more
     set_std_slope: float  # std of ΔG, per µS of G
     set_std_offset: float  # µS, std of ΔG at G = 0
     set_std_history: float  # µS, std of ΔG added at P = 1
@@ -259,20 +257,11 @@ DEVICES = {device.name: device for device in (PCM, PCM_HISTORY, IBM, IBM_HISTORY
 
 # The lowest value of a constant, where it is not 0. A g_max below 10⁻³ must be in siemens.
 LOWEST = {"g_max": 1e-3, "history_decay": 1e-3, "t0": 1e-9, "t_read": 1e-12}
-LOWEST |= dict.fromkeys(
-    (
-        "set_slope",
-        "set_offset",
-        "set_history",
-        "prog_1",
-        "prog_2",
-        "nu_slope",
-        "nu_offset",
-        "nu_std_slope",
-        "nu_std_offset",
-    ),
-    -math.inf,
+ANY_SIGN = (
+    "set_slope set_offset set_history prog_1 prog_2 "
+    "nu_slope nu_offset nu_std_slope nu_std_offset"
 )
+LOWEST |= dict.fromkeys(ANY_SIGN.split(), -math.inf)
 
 
 def describe(device):
@@ -491,9 +480,8 @@ def place(key, device, xbar, target, error_std, t):
 
 # ---- composites ----------------------------------------------------------------------------------
 
-TOLERANCE = (
-    0.4 / 11.9
-)  # share of the range by which a verified device may miss: 0.4 µS on PCM
+# Share of the range by which a verified device may miss: 0.4 µS on PCM.
+TOLERANCE = 0.4 / 11.9
 MAX_STEPS = 200  # of program-and-verify; only slow devices take more than a few dozen
 
 

@@ -27,9 +27,8 @@ N_STEPS = 100  # time steps T of one presentation
 DT = 1e-3  # s, one step
 THRESHOLD = 1.0  # of a membrane
 X_RANGE = (-5.0, 5.0)  # span of the input converter
-READOUT_START = (
-    0.4 / 11.9
-)  # every readout device at the start, share of the range above g_min: 0.5 µS on PCM
+# Every readout device at the start, share of the range above g_min: 0.5 µS on PCM.
+READOUT_START = 0.4 / 11.9
 
 
 # ---- types ---------------------------------------------------------------------------------------

@@ -211,9 +211,8 @@ TASKS = {"sinusoids": Family(draw_sinusoid, sinusoid)}
 class Samples(NamedTuple):
     """Samples of a task, summed by the level of their input."""
 
-    share: (
-        jax.Array
-    )  # [L], p_l; [1] where all levels count alike and their S is averaged beforehand
+    # [L], p_l; [1] where all levels count alike and their S is averaged beforehand
+    share: jax.Array
     y: jax.Array  # [L], p_l ȳ_l
     y2: jax.Array  # mean of y²
 
@@ -229,10 +228,8 @@ class Trial(NamedTuple):
 
 def samples_of(cfg, x, y):
     """Samples of the pairs x, y [N]."""
-    n_levels = 2**cfg.dac_bits
-    at_level = jax.nn.one_hot(network.level(cfg.dac_bits, x), n_levels) / len(
-        x
-    )  # [N, L]
+    level = network.level(cfg.dac_bits, x)
+    at_level = jax.nn.one_hot(level, 2**cfg.dac_bits) / len(x)  # [N, L]
     return Samples(jnp.sum(at_level, 0), y @ at_level, jnp.mean(y**2))
 
 
@@ -427,10 +424,8 @@ def real(key, cfg, gradient, theta):
     return analog.clip(wanted, 0.0, float(most_pulses(cfg)))[..., None]
 
 
-RULES = {
-    "comparators": comparators,
-    "real": real,
-}  # functions of (key, cfg, gradient, theta)
+# Functions of (key, cfg, gradient, theta), to pulses [2, H, 1].
+RULES = {"comparators": comparators, "real": real}
 
 
 class Looks(NamedTuple):
@@ -518,9 +513,8 @@ class Meta(NamedTuple):
     """The meta-parameters."""
 
     g: network.Network  # µS, the conductances that chips are programmed to
-    log_theta: (
-        jax.Array
-    )  # [n_inner, H], ln of the thresholds; [n_inner, 1] where synapses share one
+    # [n_inner, H], ln of the thresholds; [n_inner, 1] where synapses share one
+    log_theta: jax.Array
 
 
 class State(NamedTuple):
@@ -678,9 +672,8 @@ class Episode(NamedTuple):
 
     measured: dict  # by the names of MEASURED
     trial: Trial
-    curves: (
-        jax.Array
-    )  # [3, L], over the levels: task, mean output before and after adaptation
+    # [3, L], over the levels: task, mean output before and after adaptation
+    curves: jax.Array
 
 
 def programmed(cfg, device):
@@ -881,10 +874,10 @@ def load(folder):
     folder = Path(folder)
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        constants = (
-            saved["device"] if isinstance(saved["device"], list) else [saved["device"]]
-        )
-        devices = tuple(map(analog.make, constants))
+        described = saved["device"]
+        if isinstance(described, dict):
+            described = [described]
+        devices = tuple(map(analog.make, described))
         fields = dataclasses.fields(Config)
         cfg = Config(**{field.name: saved["config"][field.name] for field in fields})
         template = jax.eval_shape(lambda: start(jax.random.key(0), cfg, devices))
@@ -924,12 +917,8 @@ def new_folder(name, run_dir):
 # ---- command line --------------------------------------------------------------------------------
 
 CHOICES = {"tasks": TASKS, "rule": RULES, "optimizer": OPTIMIZERS}
-MAY_CHANGE = (
-    "n_iter",
-    "lr_drop",
-    "batch_test",
-    "ttest",
-)  # between a checkpoint and its --resume
+# Settings that may change between a checkpoint and its --resume.
+MAY_CHANGE = "n_iter", "lr_drop", "batch_test", "ttest"
 
 
 class Parser(argparse.ArgumentParser):
@@ -1001,10 +990,9 @@ def check(cfg, devices):
         if bounds and value is not None and not bounds[0] <= value <= bounds[1]:
             stop(f"--{field.name} must be from {bounds[0]} to {bounds[1]}, not {value}")
     last = cfg.tprog + cfg.n_inner - 1
+    shared_out = cfg.batch_train % len(devices) == 0
     needs = {
-        f"--batch_train must be a multiple of {len(devices)}, the number of devices": (
-            cfg.batch_train % len(devices) == 0
-        ),
+        f"--batch_train must be a multiple of {len(devices)}, the devices": shared_out,
         f"--max_age must be at least tread, {cfg.tread:g} s": cfg.max_age >= cfg.tread,
         f"--tprog must be after tread, {cfg.tread:g} s": cfg.tprog > cfg.tread,
         f"--twait must be at least {cfg.n_inner} s, one for each look": cfg.twait
@@ -1091,9 +1079,7 @@ def assert_sound(run, row, folder):
         if (
             not 0 < row[f"rate{i}_hz"] < 0.95 / network.DT
         ):  # no neuron has anything to fire for
-            problem = (
-                f"layer {i} is silent or fires at every step; try --lambda_fr 0.01"
-            )
+            problem = f"layer {i} is silent or always fires; try --lambda_fr 0.01"
     if problem:
         stop(
             f"at iteration {run.step} {problem}. The last good checkpoint is in {folder}",
@@ -1284,19 +1270,15 @@ def configure_backend():
 
 def main(argv=None):
     """Run the command line."""
-    interrupt = signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # ends a long computation at once
+    # The system's own default ends even a long computation at once.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         configure_backend()
         execute(*prepare(argv))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        stop(
-            "out of memory; try fewer tasks (--batch_train), chips, --dac_bits or neurons",
-            1,
-        )
+        stop("out of memory; try fewer tasks (--batch_train), chips or neurons", 1)
     finally:
         signal.signal(signal.SIGINT, interrupt)
 

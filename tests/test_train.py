@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import ROOT, launch
+from conftest import launch
 
 import analog
 import network
@@ -387,9 +387,9 @@ def hosts(n):
     ]
 
 
-@pytest.mark.parametrize("n_hosts, n_chips", [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("n_hosts, n_chips", [(1, 1), (2, 2)])
 def test_two_devices_equal_one(tmp_path, n_hosts, n_chips):
-    """One chip's levels over both; a chip on each; a chip on each of two hosts."""
+    """One chip's levels over both; a chip on each of two hosts."""
     file = str(tmp_path / "found.npz")
     runs = [
         launch(tmp_path, "-c", PARTS, file, str(n_chips), **host)
@@ -408,7 +408,7 @@ def test_two_devices_equal_one(tmp_path, n_hosts, n_chips):
 
 # ---- learning ------------------------------------------------------------------------------------
 
-LENGTH = 150
+LENGTH = 120
 
 
 @functools.cache
@@ -443,16 +443,6 @@ def test_a_short_run_learns():
     assert chunks[1]["loss"] < 0.95 * chunks[0]["loss"]
     before, after = np.mean(episodes.measured["mse"], 0)
     assert after < 0.75 * before
-
-
-def test_chunks_do_not_change_the_run():
-    cfg, devices, state, chunks, _ = learned()
-    key, steps = train.stream(cfg, 1), np.arange(2 * LENGTH)
-    whole, measured = train.train_chunk(cfg, devices, start(cfg, devices), key, steps)
-    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True):
-        assert np.array_equal(x, y)
-    mean = (chunks[0]["loss"] + chunks[1]["loss"]) / 2
-    np.testing.assert_allclose(measured["loss"], mean, rtol=1e-4)
 
 
 def plain_episode(cfg, device, meta, x, y):
@@ -505,15 +495,3 @@ def test_episodes_equal_a_plain_loop():
         np.testing.assert_allclose(
             one.curves[1:], outputs, atol=0.02 * np.abs(outputs).max()
         )
-
-
-def test_the_shipped_network_learns_a_new_task():
-    folder = ROOT / "img" / "trained"
-    if not (folder / "config.json").exists():
-        pytest.skip("no trained network")
-    run = train.load(folder)
-    key = jax.random.key(1)
-    device, meta = run.devices[0], run.state.meta
-    episodes = train.test(train.quick_episode, run.cfg, device, 64, key, meta)
-    before, *_, after = np.mean(episodes.measured["mse"], 0)
-    assert 2.2 < before < 4.2 and 0.5 < after < 1.1
