@@ -1156,7 +1156,7 @@ def meta_test(run):
 
 
 def report(results):
-    """Print the table of results."""
+    """Say the table of results."""
     for what, error in results["yardsticks"].items():
         say(f"  {'squared error of ' + what:<52}{error:9.3f}")
     for name, found in results["devices"].items():
@@ -1165,10 +1165,11 @@ def report(results):
         )
         for key, quantity in MEASURED.items():
             means = np.ravel(found[key]["mean"])
-            halves = np.ravel(found[key].get("ci95", np.nan * means))
+            halves = np.ravel(found[key].get("ci95", np.full_like(means, np.nan)))
             for i, (mean, half) in enumerate(zip(means, halves, strict=True)):
                 label = f"{quantity.label} {quantity.entry.format(i)}"
-                say(f"  {label:<52}{mean:9.3f} ± {half:.3f} {quantity.unit}")
+                interval = "" if np.isnan(half) else f"± {half:.3f}"
+                say(f"  {label:<52}{mean:9.3f} {interval} {quantity.unit}")
 
 
 def draw(run, episodes, results, folder):
@@ -1201,12 +1202,10 @@ def cores():
 
 def settings_of(run):
     """The settings of a run that are not the default, in words."""
-    changed = [
-        f"--{field.name} {getattr(run.cfg, field.name)}"
-        for field in dataclasses.fields(Config)
-        if field.default not in (None, getattr(run.cfg, field.name))
-    ]
-    return " ".join(changed) or "all default"
+    values = dataclasses.asdict(run.cfg)
+    fields = dataclasses.fields(Config)
+    changed = [field.name for field in fields if values[field.name] != field.default]
+    return " ".join(f"--{name} {values[name]}" for name in changed)
 
 
 def announce(run, folder):
