@@ -1,13 +1,14 @@
 """Studies of a meta-trained network: each prints a table and writes its figure and numbers.
 
-    python img/studies.py chips|drift|life|updates RUN [--n 256] [--out DIR]
-    python img/studies.py limits|bits|steps [--n 256] [--out DIR] [flags of train.py]
+    python img/studies.py chips|drift|life|limits|updates RUN [--n 256] [--out DIR]
+    python img/studies.py recipes|bits|steps [--n 256] [--out DIR] [flags of train.py]
 
 chips     one network on new, old, used and faulty chips of every built-in device
 drift     how a task that was learned ages, and how an old chip learns
 life      50 tasks in sequence on one chip, with four ways to keep its readout
+limits    what is left of the error on other devices; bounds of any rule
 updates   sizes of pulses against those of gradient descent and Adam
-limits    other devices, one non-ideality at a time; other rules; bounds of any rule
+recipes   networks trained on other devices or with another rule
 bits      bits of an update
 steps     looks at a task
 
@@ -371,12 +372,17 @@ def drift(options):
 # ---- networks that a study trains ----------------------------------------------------------------
 
 
-def trained(name, options, change=lambda device: device, **flags):
-    """The Run of a network of these flags, its device as change makes it; trained once and
-    kept."""
+def other(device, constants):
+    """The device with other constants."""
+    return analog.make(analog.describe(device) | constants)
+
+
+def trained(name, options, constants=None, **flags):
+    """The Run of a network of these flags, its device with other constants; trained once
+    and kept."""
     folder = Path("run/studies") / name
     cfg, devices = train.configure({"n_iter": 800, **options.flags, **flags})
-    devices = tuple(map(change, devices))
+    devices = tuple(other(device, constants or {}) for device in devices)
     run = train.Run(cfg, devices, train.start(train.stream(cfg, 0), cfg, devices))
     if (folder / "checkpoint.npz").exists():
         run = train.load(folder)
@@ -411,45 +417,47 @@ def steps(options):
     return compare({f"{n} looks": {"n_inner": n} for n in (1, 2, 4, 8)}, options)
 
 
-# ---- limits --------------------------------------------------------------------------------------
-
+# Constants of a device of the family nandakumar.
 PULSE_NOISE = {"set_std_slope": 0.0, "set_std_offset": 0.0, "set_std_history": 0.0}
 READ_NOISE = {"read_slope": 0.0, "read_offset": 0.0}
 DRIFT = {"nu_mean": 0.0, "nu_std": 0.0}
-DEVICES = {  # other constants of a device of the family nandakumar
+OTHER_DEVICES = {
     "no pulse noise": PULSE_NOISE,
     "no read noise": READ_NOISE,
     "no drift": DRIFT,
     "no noise, no drift": PULSE_NOISE | READ_NOISE | DRIFT,
     "1 % of devices stuck": {"stuck_low": 0.005, "stuck_high": 0.005},
 }
-RULES = {
-    "one threshold for all synapses": {"shared_thr": True},
-    "real-valued updates": {"rule": "real"},
-}
+
+
+def recipes(options):
+    """Networks trained, and tested, on other devices or with another rule."""
+    devices = {
+        name: {"constants": constants} for name, constants in OTHER_DEVICES.items()
+    }
+    rules = {
+        "one threshold for all synapses": {"shared_thr": True},
+        "real-valued updates": {"n_bits": 6, "rule": "real"},
+    }
+    return compare({"as it is": {}, **devices, **rules}, options)
+
+
+# ---- limits --------------------------------------------------------------------------------------
 
 
 def limits(options):
-    """One non-ideality off at a time; other rules; bounds of any rule for the readout."""
-    net = trained("as_is", options)
-    rows = {"as it is": [final_error("as it is", options, net=net), None]}
-    for label, constants in DEVICES.items():
-
-        def change(device, constants=constants):
-            return analog.make(analog.describe(device) | constants)
-
-        other = trained(label.replace(" ", "_"), options, change)
-        rows[label] = [
-            final_error(
-                f"{label}, in the test", options, net=net, device=other.devices[0]
-            ),
-            final_error(f"{label}, in training too", options, net=other),
-        ]
-    trained_with, _ = compare(RULES, options)
-    rows |= {label: [None, *row] for label, row in trained_with.items()}
-    for label, errors in tested(regression, options, net=net).items():
-        rows[label] = [show_best(label, errors), None]
-    return rows, figures.bars(rows, ("in the test", "in training too"))
+    """What is left of the error on other devices; bounds of any rule for the readout."""
+    run = options.run
+    rows = {"as it is": [final_error("as it is", options)]}
+    for label, constants in OTHER_DEVICES.items():
+        device = other(run.devices[0], constants)
+        rows[label] = [final_error(label, options, device=device)]
+    exact = run._replace(cfg=dataclasses.replace(run.cfg, off_noise=0.0))
+    mse = tested(train.quick_episode, options, net=exact).measured["mse"]
+    rows["no programming error"] = [show("no programming error", mse[:, -1])]
+    for label, errors in tested(regression, options).items():
+        rows[label] = [show_best(label, errors)]
+    return rows, figures.bars(rows, ("after adaptation",))
 
 
 # ---- updates -------------------------------------------------------------------------------------
@@ -519,8 +527,8 @@ def updates(options):
 
 # ---- command line --------------------------------------------------------------------------------
 
-OF_A_RUN = chips, drift, life, updates
-STUDIES = {study.__name__: study for study in (*OF_A_RUN, limits, bits, steps)}
+OF_A_RUN = chips, drift, life, limits, updates
+STUDIES = {study.__name__: study for study in (*OF_A_RUN, recipes, bits, steps)}
 
 
 def parse(argv):
