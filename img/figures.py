@@ -72,7 +72,7 @@ def plain_ticks(axis):
     is."""
     low, high = axis.get_view_interval()
     steps = [1, 1.5, 2, 3, 4, 5, 7]
-    if high > 8 * low:
+    if high > 12 * low:
         steps = [1, 2, 5]
     if high > 100 * low:
         steps = [1]
@@ -107,33 +107,18 @@ def training(rows, yardsticks, n_chips):
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     step = columns["step"]
     marker = "o" if len(rows) < 4 else ""  # a line of one point is none
-    highest = max(yardsticks.values())
-    for label, level in yardsticks.items():
-        mark_level(axes, level, label, above=level == highest)
-    axes.plot(
-        step,
-        columns["test_before"],
-        color=BEFORE,
-        ls="--",
-        marker=marker,
-        label="test, before adaptation",
-    )
-    axes.plot(
-        step, columns["loss"], color=LATE, ls="-.", marker=marker, label="outer loss"
-    )
-    band(
-        axes,
-        step,
-        columns["test_mse"],
-        columns["test_ci95"],
-        color=AFTER,
-        ls="-",
-        marker=marker,
-        label=f"test, after adaptation ({n_chips} chips, 95 %)",
-    )
+    before = {"color": BEFORE, "ls": "--", "marker": marker}
+    loss = {"color": LATE, "ls": "-.", "marker": marker}
+    after = {"color": AFTER, "ls": "-", "marker": marker}
+    axes.plot(step, columns["test_before"], label="test, before adaptation", **before)
+    axes.plot(step, columns["loss"], label="outer loss", **loss)
+    label = f"test, after adaptation ({n_chips} chips, 95 %)"
+    band(axes, step, columns["test_mse"], columns["test_ci95"], label=label, **after)
     for k in np.flatnonzero(np.diff(columns["ttest"])):
         label = f"from here tested at {columns['ttest'][k + 1]:g} s"
         axes.axvline(step[k], color=OTHER, ls=":", label=label)
+    for label, level in yardsticks.items():
+        mark_level(axes, level, label, above=level == max(yardsticks.values()))
     axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log")
     axes.set_xlim(0, max(step[-1] * 1.02, 1))
     plain_ticks(axes.yaxis)
@@ -311,7 +296,7 @@ def bars(rows, groups):
             width,
             xerr=[half_width(x) for x in summaries],
             color=style["color"],
-            hatch="//" if k else None,
+            hatch=("", "//", "..", "\\\\")[k % 4],
             edgecolor="white",
             label=group,
         )

@@ -293,10 +293,9 @@ def chips(options):
             "1 % stuck": show(f"{name}, 1 % of devices stuck", faulty[:, -1]),
             "ridge, written": show_best(f"{name}, ridge regression, written", ridge),
         }
-    kinds = next(iter(rows.values()))
-    return rows, figures.bars(
-        {kind: [row[kind] for row in rows.values()] for kind in kinds}, rows
-    )
+    kinds = list(rows["pcm"])[1:]
+    bars = {kind: [row[kind] for row in rows.values()] for kind in kinds}
+    return rows, figures.bars(bars, rows)
 
 
 # ---- drift ---------------------------------------------------------------------------------------
@@ -330,7 +329,7 @@ def aged(key, meta, cfg, device):
                 kept_key, cfg, device, chip, readout, jnp.sum(seen), first, times.query
             ),
             "first adapted at that age": fresh[-1],
-            "restored, second task at that age": again[-1],
+            "second task at that age, restored before": again[-1],
         }
 
     return jax.lax.map(at, (jax.random.split(ages_key, len(AGES)), jnp.array(AGES)))
@@ -343,18 +342,13 @@ def kept(key, cfg, device, chip, readout, reference, trial, t):
     g = analog.read(readout_key, device, readout, t)
     w = analog.weights(device, g)[:, 0]
     found = {}
-    for label, compensate in (
-        ("hidden layers not compensated", False),
-        ("compensated", True),
-    ):
-        other = dataclasses.replace(cfg, compensate=compensate)
-        moments = moments_at(hidden_key, other, device, chip, t)
-        found[f"adapted once, {label}"] = train.squared_error(moments, trial.query, w)
+    for label, compensate in (("", False), (", hidden layers compensated", True)):
+        compensated = dataclasses.replace(cfg, compensate=compensate)
+        moments = moments_at(hidden_key, compensated, device, chip, t)
+        found[f"adapted once{label}"] = train.squared_error(moments, trial.query, w)
     scaled = w * reference / jnp.sum(g)
-    found["adapted once, readout too"] = train.squared_error(
-        moments, trial.query, scaled
-    )
-    return found
+    error = train.squared_error(moments, trial.query, scaled)
+    return {**found, "adapted once, all layers compensated": error}
 
 
 def drift(options):

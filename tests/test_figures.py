@@ -114,7 +114,9 @@ def test_a_study_from_start_to_figure(here, monkeypatch, capsys):
     train.save(train.Run(cfg, devices, state), here / "mine")
     studies.main(["drift", "mine", "--n", "3", "--out", "."])
     out = capsys.readouterr().out
-    assert "restored, second task at that age, 1e+06 s" in out and "(n = 3)" in out
+    assert (
+        "second task at that age, restored before, 1e+06 s" in out and "(n = 3)" in out
+    )
     assert (here / "drift.png").exists() and (here / "drift.json").exists()
 
 
