@@ -307,8 +307,10 @@ BATCH = 64  # chips or looks that an accelerator takes at a time
 
 
 def on_levels(f, w, u):
-    """f(w, u) of equal parts of the levels u [L], stacked along axis 0."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """f(w, u) of equal parts of the levels u [L], stacked along axis 0; of all at once
+    where they cannot be shared out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or len(u) % mesh.shape["levels"]:
         return f(w, u)
     return jax.shard_map(
         f,
@@ -334,7 +336,7 @@ def on_chips(f, keys, meta):
         return jax.lax.all_gather(found, "chips", tiled=True)
 
     n_chips = math.gcd(len(keys), jax.device_count())
-    n_parts = math.gcd(2**6, jax.device_count() // n_chips)
+    n_parts = 2 ** int(math.log2(jax.device_count() // n_chips))
     mesh = jax.make_mesh(
         (n_chips, n_parts),
         ("chips", "levels"),
