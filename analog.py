@@ -331,18 +331,16 @@ def load_device(name):
     if name in DEVICES:
         return DEVICES[name]
     try:
-        constants = json.loads(
-            Path(name).read_text(encoding="utf-8"), object_pairs_hook=unique
-        )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        text = Path(name).read_text(encoding="utf-8")
+        device = make(json.loads(text, object_pairs_hook=unique))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        known = ", ".join(DEVICES)
         raise ValueError(
-            f"{name} is neither one of {', '.join(DEVICES)} nor a JSON file ({error})"
+            f"{name} is neither one of {known} nor a JSON object of constants ({error})"
         ) from None
-    if not isinstance(constants, dict) or constants.get("name") in DEVICES:
-        raise ValueError(
-            f"{name} must hold one JSON object of constants, with a name that is not a built-in's"
-        )
-    return make(constants)
+    if device.name in DEVICES:
+        raise ValueError(f"key name ({device.name}) is that of a built-in device")
+    return device
 
 
 # ---- physics -------------------------------------------------------------------------------------
@@ -501,7 +499,8 @@ def fabricate(key, device, target, error_std=0.0):
 
 def fire(key, device, xbar, counts, n_most, t):
     """Crossbar after counts [2, rows, cols] SET pulses at time t (s), at most n_most of
-    each device; the last of them may be a part of a pulse."""
+    each device; the last of them may be a part of a pulse. The gradient of a whole count
+    is that of its last pulse and of the next one."""
 
     def pulse(xbar, inputs):
         key, n_fired = inputs
@@ -526,7 +525,8 @@ def verify(key, device, target, state, unfinished, t):
     """Programmed after one verify step at time t (s) of the unfinished devices, and which
     are still unfinished. A device is finished when a read MIN_AGE after its pulse,
     corrected for the mean drift of a device at target (µS), is within the tolerance; else
-    it gets a SET pulse, or a RESET if it has overshot."""
+    it gets a SET pulse, or a RESET if it has overshot. Programming takes no simulated
+    time: all of its pulses carry the time t."""
     read_key, reset_key, set_key = jax.random.split(key, 3)
     nu, _ = device.law.nu_law(target / device.g_max)
     drifted = device.law.clock(MIN_AGE, device.t0) ** -nu

@@ -64,12 +64,10 @@ SIZE = 1, 2**20
 NEURONS = 1, 2**12
 DECAY = 1e-4, 1.0  # s
 TIME = 1e-3, 1e7  # s; beyond, float32 loses whole seconds
-SWITCH = False, True
-NAME = None
 
 
-def setting(default, bounds, help):
-    """A setting of the command line, with its lowest and its highest value."""
+def setting(default, help, bounds=None):
+    """A setting of the command line; bounds are its lowest and its highest value."""
     return dataclasses.field(default=default, metadata={"bounds": bounds, "help": help})
 
 
@@ -77,82 +75,77 @@ def setting(default, bounds, help):
 class Config:
     """Every setting of a run, and of the command line."""
 
-    seed: int = setting(0, (0, 2**32 - 1), "seed of every random draw")
-    n_iter: int = setting(4000, COUNT, "meta-iterations")
+    seed: int = setting(0, "seed of every random draw", (0, 2**32 - 1))
+    n_iter: int = setting(4000, "meta-iterations", COUNT)
     device: str = setting(
         "pcm",
-        NAME,
         f"{', '.join(analog.DEVICES)} or a JSON file; several, by commas, are trained together",
     )
-    tasks: str = setting("sinusoids", NAME, "family of tasks")
-    rule: str = setting("comparators", NAME, "how a gradient becomes pulses")
-    optimizer: str = setting("adam", NAME, "optimizer of the outer loop")
+    tasks: str = setting("sinusoids", "family of tasks")
+    rule: str = setting("comparators", "how a gradient becomes pulses")
+    optimizer: str = setting("adam", "optimizer of the outer loop")
     n_inner: int = setting(
-        1, (1, 16), "looks: times that a new task is read and pulsed"
+        1, "looks: times that a new task is read and pulsed", (1, 16)
     )
     n_bits: int = setting(
         2,
-        (2, 8),
         "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and look",
+        (2, 8),
     )
     grad_thr: float = setting(
-        1.0, (1e-6, 1e6), "thresholds at the start, squared error per unit of weight"
+        1.0, "thresholds at the start, squared error per unit of weight", (1e-6, 1e6)
     )
-    shared_thr: bool = setting(
-        False, SWITCH, "one threshold for all synapses of a look"
-    )
-    task_size: int = setting(20, SIZE, "support samples of a task")
+    shared_thr: bool = setting(False, "one threshold for all synapses of a look")
+    task_size: int = setting(20, "support samples of a task", SIZE)
     batch_train: int = setting(
-        256, SIZE, "tasks per chip and meta-iteration; several devices share them"
+        256, "tasks per chip and meta-iteration; several devices share them", SIZE
     )
-    n_chips: int = setting(1, SIZE, "chips of each device per meta-iteration")
+    n_chips: int = setting(1, "chips of each device per meta-iteration", SIZE)
     batch_test: int = setting(
-        1024, (4, 2**20), "tasks of the meta-test, each on a chip of its own"
+        1024, "tasks of the meta-test, each on a chip of its own", (4, 2**20)
     )
-    n_h0: int = setting(40, NEURONS, "neurons of layer 0")
-    n_h1: int = setting(40, NEURONS, "neurons of layer 1")
-    dac_bits: int = setting(7, (1, 12), "bits of the input converter")
-    tau_mem: float = setting(0.01, DECAY, "time constant of the membranes, s")
-    tau_out: float = setting(0.002, DECAY, "time constant of the readout, s")
-    gain_out: float = setting(1.0, (1e-3, 1e3), "what one spike adds to its trace")
-    compensate: bool = setting(
-        True, SWITCH, "drift compensation of the hidden crossbars"
-    )
+    n_h0: int = setting(40, "neurons of layer 0", NEURONS)
+    n_h1: int = setting(40, "neurons of layer 1", NEURONS)
+    dac_bits: int = setting(7, "bits of the input converter", (1, 12))
+    tau_mem: float = setting(0.01, "time constant of the membranes, s", DECAY)
+    tau_out: float = setting(0.002, "time constant of the readout, s", DECAY)
+    gain_out: float = setting(1.0, "what one spike adds to its trace", (1e-3, 1e3))
+    compensate: bool = setting(True, "drift compensation of the hidden crossbars")
     lr_out: float = setting(
         None,
-        (1e-6, 1e6),
         "step of the optimizer for conductances, µS (default: 0.84 %% of the range, 0.1 on pcm)",
+        (1e-6, 1e6),
     )
     lr_drop: int = setting(
         None,
+        "iteration from which steps are divided by 10 (default: 60 %% of the n_iter at the start)",
         COUNT,
-        "iteration from which steps are divided by 10 (default: 60 %% of n_iter)",
     )
     off_noise: float = setting(
         None,
-        (0, 1),
         "programming error in meta-training, share of a crossbar's largest G "
         "(default: what analog.program leaves)",
+        (0, 1),
     )
     target_fr: float = setting(
-        200.0, (0, 1000), "target firing rate, Hz; needs lambda_fr"
+        200.0, "target firing rate, Hz; without effect at lambda_fr 0", (0, 1000)
     )
     lambda_fr: float = setting(
         0.0,
-        (0, 1e38),
         "weight of Σ_layers ((target_fr − rate)/100 Hz)² in the outer loss",
+        (0, 1e38),
     )
-    tread: float = setting(100.0, TIME, "first read of a new task, s since deployment")
+    tread: float = setting(100.0, "first read of a new task, s since deployment", TIME)
     tprog: float = setting(
-        101.0, TIME, "its first pulse, s; each further look is 1 s later"
+        101.0, "its first pulse, s; each further look is 1 s later", TIME
     )
-    twait: float = setting(50.0, TIME, "from tprog to the query in meta-training, s")
+    twait: float = setting(50.0, "from tprog to the query in meta-training, s", TIME)
     max_age: float = setting(
         1e5,
-        TIME,
         "age of a chip at its first read in meta-training, s: log-uniform, tread to this",
+        TIME,
     )
-    ttest: float = setting(251.0, TIME, "query of the meta-test, s since deployment")
+    ttest: float = setting(251.0, "query of the meta-test, s since deployment", TIME)
 
 
 # Settings that belong together; a flag given beside --preset wins.
@@ -266,8 +259,8 @@ def second_moment(e):
 
     Its derivative is one product instead of two equal ones, as the matrix is symmetric;
     that makes a meta-iteration 1.1 × as fast."""
-    half = jnp.einsum("...nh,...nk->...hk", e, jax.lax.stop_gradient(e)) / e.shape[-2]
-    moment = 2 * half - jax.lax.stop_gradient(half)
+    moment = jnp.einsum("...nh,...nk->...hk", e, jax.lax.stop_gradient(e)) / e.shape[-2]
+    moment = 2 * moment - jax.lax.stop_gradient(moment)
     return (moment + jnp.swapaxes(moment, -1, -2)) / 2
 
 
@@ -332,8 +325,7 @@ def on_chips(f, keys, meta):
     """f(key, meta) of every key's own chip, stacked."""
 
     def here(keys, meta):
-        found = in_turn(lambda key: f(key, meta), keys)
-        return jax.lax.all_gather(found, "chips", tiled=True)
+        return in_turn(lambda key: f(key, meta), keys)
 
     n_chips = math.gcd(len(keys), jax.device_count())
     n_parts = 2 ** int(math.log2(jax.device_count() // n_chips))
@@ -343,14 +335,16 @@ def on_chips(f, keys, meta):
         axis_types=(AUTO, AUTO),
         devices=jax.devices()[: n_chips * n_parts],
     )
-    return jax.shard_map(
+    stacked = jax.shard_map(
         here,
         mesh=mesh,
         in_specs=(P("chips"), P()),
-        out_specs=P(),
+        out_specs=P("chips"),
         axis_names={"chips"},
         check_vma=False,
     )(keys, meta)
+    everywhere = jax.sharding.NamedSharding(mesh, P())
+    return jax.lax.with_sharding_constraint(stacked, everywhere)
 
 
 # ---- reads of a chip -----------------------------------------------------------------------------
@@ -651,21 +645,14 @@ def train_chunk(cfg, devices, state, key, steps):
 # ---- meta-test -----------------------------------------------------------------------------------
 
 
-class Quantity(NamedTuple):
-    """How a measured quantity is shown."""
-
-    label: str
-    unit: str = ""
-    entry: str = ""  # what an entry of a vector is
-
-
+# What a meta-test measures: name, and label with the unit and the number of an entry.
 MEASURED = {
-    "mse": Quantity("squared error", entry="after look {}"),
-    "mse_last": Quantity("squared error at the last time step", entry="after look {}"),
-    "pulses": Quantity("pulses of an adaptation"),
-    "touched": Quantity("readout devices touched", "%"),
-    "dw": Quantity("Σ|ΔW| over the synapses"),
-    "rates": Quantity("firing rate", "Hz", entry="of layer {}"),
+    "mse": "squared error after look {}",
+    "mse_last": "squared error at the last time step after look {}",
+    "pulses": "pulses of an adaptation",
+    "touched": "readout devices touched (%)",
+    "dw": "Σ|ΔW| over the synapses",
+    "rates": "firing rate (Hz) of layer {}",
 }
 
 
@@ -782,6 +769,8 @@ class Run(NamedTuple):
 def write(path, data):
     """Replace the file as a whole: a reader, or a run killed at any moment, finds the old
     or the new."""
+    if jax.process_index():  # of several hosts the first alone writes
+        return
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -850,7 +839,7 @@ def save(run, folder):
     """config.json, metrics.csv and checkpoint.npz."""
     device, *others = map(analog.describe, run.devices)
     config = {
-        "config": dataclasses.asdict(run.cfg),
+        "config": vars(run.cfg),
         "device": [device, *others] if others else device,
         "versions": provenance(),
     }
@@ -859,16 +848,8 @@ def save(run, folder):
         write(folder / "metrics.csv", csv_of(run.rows))
     arrays = dict(zip(array_names(run.state), jax.tree.leaves(run.state), strict=True))
     arrays |= {"theta": np.exp(arrays["log_theta"]), "step": run.step}
+    arrays["rows"] = json.dumps(run.rows)
     write_arrays(folder / "checkpoint.npz", arrays)
-
-
-def rows_until(step, path):
-    """The rows of a metrics.csv up to an iteration."""
-    if step == 0 or not path.exists():
-        return ()
-    table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, dtype=None))
-    rows = [dict(zip(table.dtype.names, row, strict=True)) for row in table.tolist()]
-    return tuple(row for row in rows if row["step"] <= step)
 
 
 def load(folder):
@@ -880,14 +861,13 @@ def load(folder):
         if isinstance(described, dict):
             described = [described]
         devices = tuple(map(analog.make, described))
-        fields = dataclasses.fields(Config)
-        cfg = Config(**{field.name: saved["config"][field.name] for field in fields})
+        cfg = Config(**{name: saved["config"][name] for name in vars(Config())})
         template = jax.eval_shape(lambda: start(jax.random.key(0), cfg, devices))
         with np.load(folder / "checkpoint.npz") as file:
             leaves = [jnp.asarray(file[name]) for name in array_names(template)]
-            step = int(file["step"])
+            step, rows = int(file["step"]), json.loads(str(file["rows"]))
         state = jax.tree.unflatten(jax.tree.structure(template), leaves)
-        return Run(cfg, devices, state, step, rows_until(step, folder / "metrics.csv"))
+        return Run(cfg, devices, state, step, tuple(rows))
     except FileNotFoundError as error:
         stop(f"{error.filename} does not exist: there is no run to load")
     except (
@@ -907,7 +887,7 @@ def new_folder(name, run_dir):
     """The folder of a new run: run_dir, or the next free one of NAME, NAME.1, NAME.2, …"""
     number = max(runs_of(name), default=-1) + 1
     folder = Path(run_dir or f"run/{name}.{number}".removesuffix(".0"))
-    if (folder / "checkpoint.npz").exists():
+    if (folder / "checkpoint.npz").exists() and not jax.process_index():
         stop(f"{folder} holds a run: go on with --resume, or name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=bool(run_dir))
@@ -943,33 +923,34 @@ def add_settings(parser):
         )
 
 
-def parse(argv):
-    """The settings given on a command line, a preset's among them; and its --preset,
-    --run_dir and --resume."""
+def build_parser():
+    """The parser of the command line."""
     about = (__doc__ or "").split("\n\n")[0]
     parser = Parser(prog="train.py", allow_abbrev=False, description=about)
     add_settings(parser)
     perf = {"dest": "device", "action": "store_const", "const": "perf"}
-    parser.add_argument(
-        "--perf", default=argparse.SUPPRESS, help="ideal devices: --device perf", **perf
+    help = "ideal devices: --device perf"
+    parser.add_argument("--perf", default=argparse.SUPPRESS, help=help, **perf)
+    help = "settings that belong together; flags beside it win"
+    parser.add_argument("--preset", choices=PRESETS, help=help)
+    help = "folder of the run (default: the next run/NAME.N)"
+    parser.add_argument("--run_dir", help=help)
+    help = (
+        "go on with the latest run of this name, or that in --run_dir; "
+        "once n_iter is reached, only test"
     )
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        help="settings that belong together; flags beside it win",
-    )
-    parser.add_argument(
-        "--run_dir", help="folder of the run (default: the next run/NAME.N)"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the latest run of this name, or that in --run_dir; "
-        "once n_iter is reached, only test",
-    )
-    flags = vars(parser.parse_args(argv))
+    parser.add_argument("--resume", action="store_true", help=help)
+    return parser
+
+
+def parse(argv):
+    """The settings given on a command line, a preset's among them; and its --preset,
+    --run_dir and --resume."""
+    flags = vars(build_parser().parse_args(argv))
     preset, run_dir, resume = map(flags.pop, ("preset", "run_dir", "resume"))
-    return {**PRESETS.get(preset, {}), **flags}, preset, run_dir, resume
+    if preset and not resume:
+        flags = {**PRESETS[preset], **flags}
+    return flags, preset, run_dir, resume
 
 
 def devices_of(names):
@@ -980,6 +961,10 @@ def devices_of(names):
         stop(f"--device: {error}")
     if len({device.g_max for device in devices}) > 1:
         stop(f"--device {names}: devices that are trained together must agree in g_max")
+    if max(device.g_min for device in devices) >= min(
+        device.g_prog for device in devices
+    ):
+        stop(f"--device {names}: no conductance can be programmed on all of them")
     if len({device.name for device in devices}) < len(devices):
         stop(f"--device {names}: a name stands twice")
     return devices
@@ -1030,13 +1015,11 @@ def resumed(flags, folder):
     run = load(folder)
     named = flags.pop("device", None)
     fixed = flags.keys() - set(MAY_CHANGE)
-    changed = sorted(name for name in fixed if flags[name] != getattr(run.cfg, name))
+    changed = sorted(name for name in fixed if flags[name] != vars(run.cfg)[name])
     if named and devices_of(named) != run.devices:
         changed.append("device")
     if changed:
-        stop(
-            f"{folder} holds a run with another --{changed[0]}: resume it without that flag"
-        )
+        stop(f"{folder} holds a run with another --{changed[0]}: leave that flag out")
     cfg = dataclasses.replace(run.cfg, **flags)
     check(cfg, run.devices)
     if cfg.n_iter < run.step:
@@ -1058,9 +1041,8 @@ def prepare(argv):
         folder = Path(run_dir or found[max(found)])
         return resumed(flags, folder), folder
     cfg, devices = configure(flags)
-    return Run(cfg, devices, start(stream(cfg, 0), cfg, devices)), new_folder(
-        name, run_dir
-    )
+    run = Run(cfg, devices, start(stream(cfg, 0), cfg, devices))
+    return run, new_folder(name, run_dir)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1075,23 +1057,19 @@ def stream(cfg, index):
 def assert_sound(run, row, folder):
     """Stop a run that has diverged; the last checkpoint stands."""
     problem = ""
+    for i in range(len(sizes_of(run.cfg))):
+        share = row[f"rate{i}_hz"] * network.DT  # of the time steps that have a spike
+        if not 0 < share < 0.95:
+            problem = f"layer {i} is silent or always fires; try --lambda_fr 0.01"
     if not all(np.isfinite(x).all() for x in jax.tree.leaves((row["loss"], run.state))):
         problem = "the loss is not finite; try a smaller --lr_out"
-    for i in range(len(sizes_of(run.cfg))):
-        if (
-            not 0 < row[f"rate{i}_hz"] < 0.95 / network.DT
-        ):  # no neuron has anything to fire for
-            problem = f"layer {i} is silent or always fires; try --lambda_fr 0.01"
     if problem:
-        stop(
-            f"at iteration {run.step} {problem}. The last good checkpoint is in {folder}",
-            1,
-        )
+        where = f"the last good checkpoint is in {folder}"
+        stop(f"at iteration {run.step} {problem}; {where}", 1)
 
 
 def row_of(run, measured):
-    """The row of metrics.csv after a chunk in which so much was measured: its values by
-    column."""
+    """The row of metrics.csv for a chunk whose means are measured, its values by column."""
     meta = run.state.meta
     tested = test(
         quick_episode, run.cfg, run.devices[0], TEST_CHIPS, stream(run.cfg, 2), meta
@@ -1162,16 +1140,13 @@ def report(results):
     for what, error in results["yardsticks"].items():
         say(f"  {'squared error of ' + what:<52}{error:9.3f}")
     for name, found in results["devices"].items():
-        say(
-            f"{found['mse']['n']} tasks, each on its own chip of {name}; mean ± 95 % interval"
-        )
-        for key, quantity in MEASURED.items():
-            means = np.ravel(found[key]["mean"])
-            halves = np.ravel(found[key].get("ci95", np.full_like(means, np.nan)))
-            for i, (mean, half) in enumerate(zip(means, halves, strict=True)):
-                label = f"{quantity.label} {quantity.entry.format(i)}"
-                interval = "" if np.isnan(half) else f"± {half:.3f}"
-                say(f"  {label:<52}{mean:9.3f} {interval} {quantity.unit}")
+        n = found["mse"]["n"]
+        say(f"{n} tasks, each on its own chip of {name}; mean ± 95 % interval")
+        for key, label in MEASURED.items():
+            halves = np.ravel(found[key].get("ci95", []))
+            for i, mean in enumerate(np.ravel(found[key]["mean"])):
+                interval = f" ± {halves[i]:.3f}" if len(halves) else ""
+                say(f"  {label.format(i):<52}{mean:9.3f}{interval}")
 
 
 def draw(run, episodes, results, folder):
@@ -1204,10 +1179,10 @@ def cores():
 
 def settings_of(run):
     """The settings of a run that are not the default, in words."""
-    values = dataclasses.asdict(run.cfg)
-    fields = dataclasses.fields(Config)
-    changed = [field.name for field in fields if values[field.name] != field.default]
-    return " ".join(f"--{name} {values[name]}" for name in changed)
+    settings = vars(run.cfg).items()
+    return ", ".join(
+        f"{name} {x}" for name, x in settings if x != getattr(Config, name)
+    )
 
 
 def announce(run, folder):
@@ -1231,8 +1206,8 @@ def execute(run, folder):
     for name, found in episodes.items():
         write_arrays(folder / f"chips_{name}.npz", found.measured)
     times.append(time.monotonic())
-    copies = draw(run, episodes, results, folder)
     report(results)
+    copies = draw(run, episodes, results, folder)
     say(f"results in {folder}/, figures in {' '.join(map(str, copies))}")
     training, testing = np.diff(times)
     say(f"training took {training:.0f} s and testing {testing:.0f} s, with compiling")
@@ -1265,6 +1240,8 @@ def configure_backend():
         jax.devices()
     except (RuntimeError, ValueError) as error:
         stop(f"JAX cannot start: {error}")
+    if jax.process_count() > 1 and math.log2(jax.device_count()) % 1:
+        stop("the hosts must have 2, 4, 8, … of JAX's devices together")
     if jax.process_index():  # of several hosts the first alone speaks
         sys.stdout = open(os.devnull, "w")
 

@@ -10,6 +10,7 @@ import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 TRUTH, BEFORE, AFTER, LATE, OTHER = "black", "#999999", "#0072B2", "#D55E00", "#009E73"
 STYLES = (  # of the lines of one figure, in their order
@@ -68,19 +69,10 @@ def legend_above(figure, axes, n_columns):
 
 
 def plain_ticks(axis):
-    """Write the ticks of a logarithmic axis as plain numbers, the more the shorter it
-    is."""
-    low, high = axis.get_view_interval()
-    steps = [1, 1.5, 2, 3, 4, 5, 7]
-    if high > 12 * low:
-        steps = [1, 2, 5]
-    if high > 100 * low:
-        steps = [1]
-    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high) + 1)
-    ticks = np.outer(decades, steps).ravel()
-    ticks = ticks[(ticks >= low) & (ticks <= high)]
-    axis.set_ticks(ticks, [f"{x:g}" for x in ticks])
-    axis.set_ticks([], minor=True)
+    """Write the ticks of a logarithmic axis as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -217,11 +209,12 @@ def testing(edges, episodes, results):
 
 @plain
 def laws(name, panels):
-    """Figure of a device's laws, a panel for each (x label, y label, x, law, samples [n,
+    """Figure of a device's laws, a panel for each (x label, y label, x, law, samples [...,
     x])."""
     figure, axes = empty(6.4, 2, 2)
     figure.suptitle(f"{name}: laws and simulated devices", fontsize=12)
     for ax, (xlabel, ylabel, x, law, samples) in zip(axes.flat, panels, strict=True):
+        samples = samples.reshape(-1, len(x))
         mean, std = np.mean(samples, 0), np.std(samples, 0)
         ax.fill_between(
             x,
@@ -283,15 +276,15 @@ def lines(found, xlabel, xscale="linear"):
 
 @plain
 def bars(rows, groups):
-    """Figure of errors, a bar for each group with a summary in a row of rows, {label:
-    [summary or None]}."""
+    """Figure of errors, a bar for each group with its summary in each row of rows, {label:
+    [summary]}."""
     figure, axes = empty(1.5 + 0.45 * len(rows))
     width = 0.8 / len(groups)
+    middle = np.arange(len(rows))
     for k, (group, style) in enumerate(zip(groups, STYLES, strict=False)):
-        has = [i for i, row in enumerate(rows.values()) if row[k]]
-        summaries = [row[k] for row in rows.values() if row[k]]
+        summaries = [row[k] for row in rows.values()]
         axes.barh(
-            np.array(has) + (k - (len(groups) - 1) / 2) * width,
+            middle + (k - (len(groups) - 1) / 2) * width,
             [x["mean"] for x in summaries],
             width,
             xerr=[half_width(x) for x in summaries],
@@ -300,7 +293,7 @@ def bars(rows, groups):
             edgecolor="white",
             label=group,
         )
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_yticks(middle, list(rows))
     axes.invert_yaxis()
     axes.set_xlabel("mean squared error (lines: 95 % interval)")
     legend_above(figure, axes, len(groups))

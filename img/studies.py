@@ -3,7 +3,7 @@
     python img/studies.py chips|drift|life|limits|updates RUN [--n 256] [--out DIR]
     python img/studies.py recipes|bits|steps [--n 256] [--out DIR] [flags of train.py]
 
-chips     one network on new, old, used and faulty chips of every built-in device
+chips     one network on new, old, used and faulty chips of its own and the built-in devices
 drift     how a task that was learned ages, and how an old chip learns
 life      50 tasks in sequence on one chip, with four ways to keep its readout
 limits    what is left of the error on other devices; bounds of any rule
@@ -272,11 +272,13 @@ def show_best(label, errors):
 
 
 def chips(options):
-    """One network on new, old, used and faulty chips of every built-in device of its
-    g_max."""
+    """One network on new, old, used and faulty chips of its own devices and of the built-in
+    ones of the same g_max."""
+    own = {device.name: device for device in options.run.devices}
+    g_max = options.run.devices[0].g_max
     rows = {}
-    for name, device in analog.DEVICES.items():
-        if device.g_max != options.run.devices[0].g_max or name == "perf":
+    for name, device in (own | analog.DEVICES).items():
+        if device.g_max != g_max or isinstance(device.law, analog.Ideal):
             continue
         new = tested(train.episode, options, device).measured["mse"]
         used = tested(functools.partial(lives, policy=restore), options, device)[
@@ -293,7 +295,7 @@ def chips(options):
             "1 % stuck": show(f"{name}, 1 % of devices stuck", faulty[:, -1]),
             "ridge, written": show_best(f"{name}, ridge regression, written", ridge),
         }
-    kinds = list(rows["pcm"])[1:]
+    kinds = list(next(iter(rows.values())))[1:]
     bars = {kind: [row[kind] for row in rows.values()] for kind in kinds}
     return rows, figures.bars(bars, rows)
 
@@ -424,11 +426,16 @@ OTHER_DEVICES = {
 }
 
 
+def others_of(device):
+    """Those of the other constants that a device has, by label."""
+    known = analog.describe(device).keys()
+    return {label: x for label, x in OTHER_DEVICES.items() if x.keys() <= known}
+
+
 def recipes(options):
     """Networks trained, and tested, on other devices or with another rule."""
-    devices = {
-        name: {"constants": constants} for name, constants in OTHER_DEVICES.items()
-    }
+    _, (device, *_) = train.configure(options.flags)
+    devices = {label: {"constants": x} for label, x in others_of(device).items()}
     rules = {
         "one threshold for all synapses": {"shared_thr": True},
         "real-valued updates": {"n_bits": 6, "rule": "real"},
@@ -443,7 +450,7 @@ def limits(options):
     """What is left of the error on other devices; bounds of any rule for the readout."""
     run = options.run
     rows = {"as it is": [final_error("as it is", options)]}
-    for label, constants in OTHER_DEVICES.items():
+    for label, constants in others_of(run.devices[0]).items():
         device = other(run.devices[0], constants)
         rows[label] = [final_error(label, options, device=device)]
     exact = run._replace(cfg=dataclasses.replace(run.cfg, off_noise=0.0))
