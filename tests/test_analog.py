@@ -546,14 +546,14 @@ def test_a_missing_constant_is_named():
     "text, words",
     [
         ('{"name": "mine", "t0": 1, "t0": 2}', "t0 stands twice"),
-        (json.dumps(FLAT | {"name": "pcm"}), "not a built-in's"),
+        (json.dumps(FLAT | {"name": "pcm"}), "that of a built-in"),
         (json.dumps(FLAT | {"law": ["ibm"]}), "law"),
         ("", "JSON"),
         ("{", "JSON"),
         ("[]", "JSON object"),
         ('"x"', "JSON object"),
         ("\xff", "JSON"),
-        (None, "nor a JSON file"),
+        (None, "nor a JSON object"),
     ],
 )
 def test_a_wrong_file_is_explained(tmp_path, text, words):
