@@ -877,10 +877,10 @@ def load(folder):
 
 
 def runs_of(name):
-    """The run folders NAME, NAME.1, NAME.2, … by their number."""
+    """The run folders NAME, NAME.1, NAME.2, … by their number, in its order."""
     pattern = re.escape(name) + r"(\.\d+)?"
     folders = [x for x in Path("run").glob(f"{name}*") if re.fullmatch(pattern, x.name)]
-    return {int(folder.suffix[1:] or 0): folder for folder in folders}
+    return dict(sorted((int(folder.suffix[1:] or 0), folder) for folder in folders))
 
 
 def new_folder(name, run_dir):
@@ -1035,10 +1035,10 @@ def prepare(argv):
     devices = devices_of(flags.get("device", Config.device))
     name = preset or "+".join(device.name for device in devices)
     if resume:
-        found = runs_of(name)
+        found = [x for x in runs_of(name).values() if (x / "checkpoint.npz").exists()]
         if not (run_dir or found):
             stop(f"there is no run folder run/{name} to resume; name it with --run_dir")
-        folder = Path(run_dir or found[max(found)])
+        folder = Path(run_dir or found[-1])
         return resumed(flags, folder), folder
     cfg, devices = configure(flags)
     run = Run(cfg, devices, start(stream(cfg, 0), cfg, devices))

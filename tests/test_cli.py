@@ -215,6 +215,17 @@ def test_resume_goes_on_where_it_should(quick):
     assert train.load("parts").cfg.lr_drop == 8
 
 
+def test_a_resumed_preset_keeps_what_the_run_was_given(quick):
+    assert call("--preset", "wide", "--n_inner", "2")[0] == 0
+    (
+        quick / "run" / "wide.1"
+    ).mkdir()  # of a run that was killed before it saved anything
+    status, out, _ = call("--preset", "wide", "--resume", "--n_iter", "8")
+    assert status == 0 and "resuming run/wide after iteration 6" in out
+    cfg = train.load("run/wide").cfg
+    assert (cfg.n_iter, cfg.n_inner, cfg.twait) == (8, 2, 150.0)
+
+
 @pytest.mark.parametrize(
     "flags", ["--n_h0 6", "--lr_out 0.5", "--seed 3", "--device perf"]
 )
