@@ -779,8 +779,7 @@ def write(path, data):
     except OSError as error:
         part.unlink(missing_ok=True)
         stop(
-            f"cannot write {path}: {error.strerror}; what was saved before is untouched",
-            1,
+            f"cannot write {path}: {error.strerror}; what was saved stands untouched", 1
         )
 
 
@@ -821,9 +820,8 @@ def array_names(state):
     memory_mean_hidden0, …"""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     names = [jax.tree_util.keystr(path, simple=True, separator=" ") for path in paths]
-    return [
-        re.sub("meta |g |(?<=hidden) ", "", name).replace(" ", "_") for name in names
-    ]
+    short = [re.sub("meta |g |(?<=hidden) ", "", name) for name in names]
+    return [name.replace(" ", "_") for name in short]
 
 
 def csv_of(rows):
@@ -870,9 +868,7 @@ def load(folder):
         return Run(cfg, devices, state, step, tuple(rows))
     except FileNotFoundError as error:
         stop(f"{error.filename} does not exist: there is no run to load")
-    except (
-        Exception
-    ) as error:  # a damaged archive fails in many ways, all the same to the user
+    except Exception as error:  # a damaged archive fails in many ways
         stop(f"{folder} is damaged or was written by other code: {error}")
 
 
@@ -961,9 +957,8 @@ def devices_of(names):
         stop(f"--device: {error}")
     if len({device.g_max for device in devices}) > 1:
         stop(f"--device {names}: devices that are trained together must agree in g_max")
-    if max(device.g_min for device in devices) >= min(
-        device.g_prog for device in devices
-    ):
+    lowest = max(device.g_min for device in devices)
+    if lowest >= min(device.g_prog for device in devices):
         stop(f"--device {names}: no conductance can be programmed on all of them")
     if len({device.name for device in devices}) < len(devices):
         stop(f"--device {names}: a name stands twice")
@@ -978,12 +973,12 @@ def check(cfg, devices):
             stop(f"--{field.name} must be from {bounds[0]} to {bounds[1]}, not {value}")
     last = cfg.tprog + cfg.n_inner - 1
     shared_out = cfg.batch_train % len(devices) == 0
+    waits = cfg.twait >= cfg.n_inner
     needs = {
         f"--batch_train must be a multiple of {len(devices)}, the devices": shared_out,
         f"--max_age must be at least tread, {cfg.tread:g} s": cfg.max_age >= cfg.tread,
         f"--tprog must be after tread, {cfg.tread:g} s": cfg.tprog > cfg.tread,
-        f"--twait must be at least {cfg.n_inner} s, one for each look": cfg.twait
-        >= cfg.n_inner,
+        f"--twait must be at least {cfg.n_inner} s, one for each look": waits,
         f"--ttest must be after the last pulse, {last:g} s": cfg.ttest > last,
     }
     for message, is_met in needs.items():
@@ -1004,8 +999,9 @@ def configure(flags):
 
 def compare_versions(folder):
     """Say what has changed since a run was saved, beside its settings."""
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["versions"]
-    changed = [name for name, value in provenance().items() if saved.get(name) != value]
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    before, now = saved.get("versions", {}), provenance()
+    changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         say(f"changed since {folder} was saved: {', '.join(changed)}")
 
@@ -1033,7 +1029,10 @@ def prepare(argv):
     """The Run to go on from, and its folder."""
     flags, preset, run_dir, resume = parse(argv)
     devices = devices_of(flags.get("device", Config.device))
-    name = preset or "+".join(device.name for device in devices)
+    words = [device.name for device in devices]
+    if flags.get("tasks", Config.tasks) != Config.tasks:
+        words.append(flags["tasks"])
+    name = preset or "+".join(words)
     if resume:
         found = [x for x in runs_of(name).values() if (x / "checkpoint.npz").exists()]
         if not (run_dir or found):
@@ -1153,14 +1152,16 @@ def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder and copy them to img/; the paths of the
     copies."""
     name = run.devices[0].name
+    suffix = "" if name == "pcm" else f"_{name}"
     edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
     drawn = {"meta_testing": figures.testing(edges, episodes[name], results)}
     if run.rows:
         yardsticks = results["yardsticks"]
         drawn["meta_training"] = figures.training(run.rows, yardsticks, TEST_CHIPS)
+    else:  # that of an earlier run must not stand beside this one's
+        Path("img", f"meta_training{suffix}.png").unlink(missing_ok=True)
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}, {settings_of(run)}"
-    suffix = "" if name == "pcm" else f"_{name}"
-    copies = {title: Path("img") / f"{title}{suffix}.png" for title in drawn}
+    copies = {title: Path("img", f"{title}{suffix}.png") for title in drawn}
     for title, figure in drawn.items():
         image = figures.png(figure, note)
         write(copies[title], image)
