@@ -94,7 +94,8 @@ def lif_adjoint(alpha, later, inputs):
     """Gradient with respect to the potentials v, given that with respect to the later ones;
     the inputs are v and the gradient with respect to the spikes at v."""
     v, z_bar = inputs
-    return alpha * later + surrogate(v - THRESHOLD) * (z_bar - later)
+    through_spike = surrogate(v - THRESHOLD) * (z_bar - later)
+    return alpha * later + through_spike
 
 
 def over_time(step, rest, inputs, reverse=False):
@@ -230,7 +231,8 @@ def start(key, device, sizes):
     for key, n_in, n_out in zip(keys[1:], sizes[:-1], sizes[1:], strict=True):
         bound = (6 / (n_in + n_out)) ** 0.5
         inner = jax.random.uniform(key, (n_in, n_out), minval=-bound, maxval=bound)
-        w.append(jnp.concatenate([inner, jnp.zeros((1, n_out))]))
+        bias = jnp.zeros((1, n_out))
+        w.append(jnp.concatenate([inner, bias]))
     hidden = tuple(analog.conductances(device, w) for w in w)
     lowest = device.g_min + READOUT_START * analog.span(device)
     readout = jnp.full((2, sizes[-1], 1), lowest)
