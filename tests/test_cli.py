@@ -28,7 +28,7 @@ DRAW = train.draw  # itself, where a test replaces it
 # ---- from start to figures -----------------------------------------------------------------------
 
 
-REAL = ["--device", RERAM, "--n_inner", "2"]
+REAL = ["--device", RERAM]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def assert_figures(folder, suffix):
 
 def test_from_start_to_figures(whole):
     folder, out = whole
-    assert_complete(folder / "run" / "reram", out, 2)
+    assert_complete(folder / "run" / "reram", out, 1)
     assert_figures(folder, "_reram")
     g = arrays(folder / "run" / "reram")["readout"]
     assert g.min() >= 2 and g.max() <= 100
@@ -98,7 +98,7 @@ def test_a_run_keeps_all_settings(whole):
     assert [row["step"] for row in run.rows] == [2, 4, 6]
     assert all(np.isfinite(list(row.values())).all() for row in run.rows)
     with np.load(folder / "chips_reram.npz") as errors:
-        assert errors["mse"].shape == (5, 3)
+        assert errors["mse"].shape == (5, 2)
 
 
 def test_after_a_full_disk_a_run_goes_on_and_ends_the_same(whole, here, monkeypatch):
@@ -559,7 +559,7 @@ def test_the_shipped_network_learns_as_the_readme_shows(monkeypatch):
     errors = names["episodes"].measured["mse"]
     before, after = np.mean(errors, 0)
     assert len(errors) == 64 and str(train.summary(errors)) in out.getvalue()
-    assert 2.2 < before < 4.2 and 0.5 < after < 1.1
+    assert 2.2 < before < 4.2 and 0.5 < after < 1.2
 
 
 def test_importing_leaves_everything_as_it_was(tmp_path):
