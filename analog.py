@@ -408,18 +408,27 @@ def draw_nu(key, device, g):
     return jnp.abs(mean + std * jax.random.normal(key, g.shape))
 
 
+def age_of(xbar, t):
+    """Age (s) of the devices at time t (s), of the crossbar's shape."""
+    return jnp.maximum(t - xbar.t_prog, MIN_AGE)
+
+
+def mean_drift(device, g, age):
+    """Share of G that is left at age (s), at the mean ν of devices programmed to g (µS)."""
+    nu, _ = device.law.nu_law(g / device.g_max)
+    return device.law.clock(age, device.t0) ** -nu
+
+
 def drift(device, xbar, t):
     """Conductance [2, rows, cols] in µS at time t (s), before read noise."""
-    age = jnp.maximum(t - xbar.t_prog, MIN_AGE)
-    log_clock = jnp.log(device.law.clock(age, device.t0))
+    log_clock = jnp.log(device.law.clock(age_of(xbar, t), device.t0))
     return xbar.g * jnp.exp(-xbar.nu * log_clock)
 
 
 def measure(key, device, xbar, t):
     """Conductance [2, rows, cols] in µS at time t (s): drifted, with one draw of read noise."""
     g = drift(device, xbar, t)
-    age = jnp.maximum(t - xbar.t_prog, MIN_AGE)
-    std = device.law.read_std(g, xbar.g / device.g_max, age, device.t0)
+    std = device.law.read_std(g, xbar.g / device.g_max, age_of(xbar, t), device.t0)
     return g + std * jax.random.normal(key, g.shape)
 
 
@@ -528,8 +537,7 @@ def verify(key, device, target, state, unfinished, t):
     it gets a SET pulse, or a RESET if it has overshot. Programming takes no simulated
     time: all of its pulses carry the time t."""
     read_key, reset_key, set_key = jax.random.split(key, 3)
-    nu, _ = device.law.nu_law(target / device.g_max)
-    drifted = device.law.clock(MIN_AGE, device.t0) ** -nu
+    drifted = mean_drift(device, target, MIN_AGE)
     reads = state.reads + unfinished.astype(int)
     error = measure(read_key, device, state.xbar, t + MIN_AGE) / drifted - target
     unfinished = unfinished & (jnp.abs(error) > TOLERANCE * span(device))

@@ -400,6 +400,11 @@ def times_of(cfg, age, wait):
     return Times(reads, pulses, pulses[0] + wait)
 
 
+def times_of_test(cfg, age):
+    """Times of an adaptation that starts at age (s), its query as late as in the meta-test."""
+    return times_of(cfg, age, cfg.ttest - cfg.tprog)
+
+
 def most_pulses(cfg):
     """The largest number of pulses of one device in one look."""
     return 2 ** (cfg.n_bits - 1) - 1
@@ -551,9 +556,7 @@ def meta_loss(key, meta, cfg, device, n_tasks):
         "rates": met.rates,
         "pulses": jnp.sum(jnp.stack(met.pulses)) / n_tasks,
     }
-    if (
-        cfg.lambda_fr
-    ):  # a gradient through the rates costs 4 % of a meta-iteration, even at weight 0
+    if cfg.lambda_fr:  # even at weight 0 a gradient through the rates costs 4 %
         loss += cfg.lambda_fr * jnp.sum(((cfg.target_fr - met.rates) / 100) ** 2)
     return loss, measured
 
@@ -690,7 +693,7 @@ def episode(key, meta, cfg, device, made=programmed):
     def measure(e):
         return moments_of_range(e), moments_of_range(e[-1:])
 
-    times = times_of(cfg, cfg.tread, cfg.ttest - cfg.tprog)
+    times = times_of_test(cfg, cfg.tread)
     met = meet(measure, key, meta, cfg, device, made(cfg, device), times, 1)
     every, last = map(pooled, met.measured)
     trial, readouts, pulses, w = jax.tree.map(lambda x: x[0], met[2:])
@@ -764,6 +767,7 @@ class Run(NamedTuple):
     state: State
     step: int = 0
     rows: tuple = ()  # of metrics.csv, dictionaries
+    versions: dict | None = None  # provenance of what was loaded
 
 
 def write(path, data):
@@ -865,7 +869,7 @@ def load(folder):
             leaves = [jnp.asarray(file[name]) for name in array_names(template)]
             step, rows = int(file["step"]), json.loads(str(file["rows"]))
         state = jax.tree.unflatten(jax.tree.structure(template), leaves)
-        return Run(cfg, devices, state, step, tuple(rows))
+        return Run(cfg, devices, state, step, tuple(rows), saved.get("versions", {}))
     except FileNotFoundError as error:
         stop(f"{error.filename} does not exist: there is no run to load")
     except Exception as error:  # a damaged archive fails in many ways
@@ -997,11 +1001,10 @@ def configure(flags):
     return cfg, devices
 
 
-def compare_versions(folder):
+def compare_versions(run, folder):
     """Say what has changed since a run was saved, beside its settings."""
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    before, now = saved.get("versions", {}), provenance()
-    changed = [name for name in now if before.get(name) != now[name]]
+    now = provenance()
+    changed = [name for name in now if run.versions.get(name) != now[name]]
     if changed:
         say(f"changed since {folder} was saved: {', '.join(changed)}")
 
@@ -1021,27 +1024,30 @@ def resumed(flags, folder):
     if cfg.n_iter < run.step:
         stop(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
     say(f"resuming {folder} after iteration {run.step}")
-    compare_versions(folder)
+    compare_versions(run, folder)
     return run._replace(cfg=cfg)
+
+
+def name_of(devices, tasks):
+    """The name of runs without a preset."""
+    words = [device.name for device in devices]
+    return "+".join(words if tasks == Config.tasks else [*words, tasks])
 
 
 def prepare(argv):
     """The Run to go on from, and its folder."""
     flags, preset, run_dir, resume = parse(argv)
+    if not resume:
+        cfg, devices = configure(flags)
+        run = Run(cfg, devices, start(stream(cfg, 0), cfg, devices))
+        return run, new_folder(preset or name_of(devices, cfg.tasks), run_dir)
     devices = devices_of(flags.get("device", Config.device))
-    words = [device.name for device in devices]
-    if flags.get("tasks", Config.tasks) != Config.tasks:
-        words.append(flags["tasks"])
-    name = preset or "+".join(words)
-    if resume:
-        found = [x for x in runs_of(name).values() if (x / "checkpoint.npz").exists()]
-        if not (run_dir or found):
-            stop(f"there is no run folder run/{name} to resume; name it with --run_dir")
-        folder = Path(run_dir or found[-1])
-        return resumed(flags, folder), folder
-    cfg, devices = configure(flags)
-    run = Run(cfg, devices, start(stream(cfg, 0), cfg, devices))
-    return run, new_folder(name, run_dir)
+    name = preset or name_of(devices, flags.get("tasks", Config.tasks))
+    found = [x for x in runs_of(name).values() if (x / "checkpoint.npz").exists()]
+    if not (run_dir or found):
+        stop(f"there is no run folder run/{name} to resume; name it with --run_dir")
+    folder = Path(run_dir or found[-1])
+    return resumed(flags, folder), folder
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1148,13 +1154,18 @@ def report(results):
                 say(f"  {label.format(i):<52}{mean:9.3f}{interval}")
 
 
+def suffix_of(device):
+    """What the names of a device's figures in img/ end with: nothing for pcm."""
+    return "" if device.name == "pcm" else f"_{device.name}"
+
+
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder and copy them to img/; the paths of the
     copies."""
-    name = run.devices[0].name
-    suffix = "" if name == "pcm" else f"_{name}"
+    suffix = suffix_of(run.devices[0])
+    shown = episodes[run.devices[0].name]
     edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
-    drawn = {"meta_testing": figures.testing(edges, episodes[name], results)}
+    drawn = {"meta_testing": figures.testing(edges, shown, results)}
     if run.rows:
         yardsticks = results["yardsticks"]
         drawn["meta_training"] = figures.training(run.rows, yardsticks, TEST_CHIPS)

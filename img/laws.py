@@ -63,8 +63,7 @@ def report(device, done):
 def draw(device, steps, aged, noise, done):
     """Figure of the laws, simulated devices beside them."""
     middle = device.g_prog / 2
-    nu, _ = device.law.nu_law(jnp.array(middle / device.g_max))
-    drifted = middle * device.law.clock(jnp.array(AGES), device.t0) ** -nu
+    drifted = middle * analog.mean_drift(device, middle, jnp.array(AGES))
     staircase, _ = analog.staircase(device, N_PULSES)
     targets = targets_of(device)
     zero = np.zeros(N_TARGETS)
@@ -89,7 +88,6 @@ def main():
         train.stop("--device: one at a time")
     found = jax.device_get(simulate(device))
     report(device, found[-1])
-    suffix = "" if device.name == "pcm" else f"_{device.name}"
-    path = Path(__file__).parent / f"model{suffix}.png"
+    path = Path(__file__).parent / f"model{train.suffix_of(device)}.png"
     train.write(path, figures.png(draw(device, *found)))
     print(f"figure in {path}")

@@ -40,6 +40,7 @@ N_LIFE = 50  # tasks of a life
 PERIOD = 1000.0  # s, from one of them to the next
 AHEAD = 10.0  # s, from the programming of a readout to the first look at a task
 RIDGES = 1e-4, 1e-3, 1e-2, 1e-1, 1.0
+STUCK = {"stuck_low": 0.005, "stuck_high": 0.005}  # shares of all devices
 
 
 class Options(NamedTuple):
@@ -63,9 +64,10 @@ def with_readout(chip, readout):
     return chip._replace(xbars=chip.xbars._replace(readout=readout))
 
 
-def times_at(cfg, age):
-    """Times of an adaptation that starts at age (s), its query as in the meta-test."""
-    return train.times_of(cfg, age, cfg.ttest - cfg.tprog)
+def writable(device, w):
+    """Conductances [2, rows, cols] in µS of weights w, as far as the device can have them."""
+    wanted = analog.conductances(device, jnp.clip(w, -1.0, 1.0))
+    return jnp.minimum(wanted, device.g_prog)
 
 
 def learn(key, meta, cfg, device, chip, trial, times):
@@ -118,11 +120,6 @@ def final_error(label, options, **of):
 # ---- life: 50 tasks in sequence on one chip ------------------------------------------------------
 
 
-def restore(key, device, readout, target, t):
-    """analog.Programmed of a readout written back to its target at the start."""
-    return analog.program(key, device, readout, target, t)
-
-
 def reset(key, device, readout, target, t):
     """analog.Programmed of a readout whose devices were all RESET."""
     every = jnp.ones(target.shape, bool)
@@ -143,12 +140,19 @@ def refresh(key, device, readout, target, t):
     written again with one device of each pair at g_min."""
     read_key, program_key = jax.random.split(key)
     g = analog.read(read_key, device, readout, t)
-    nu, _ = device.law.nu_law(g / device.g_max)
-    age = jnp.maximum(t - readout.t_prog, analog.MIN_AGE)
-    before = g * device.law.clock(age, device.t0) ** nu
-    w = jnp.clip(analog.weights(device, before), -1.0, 1.0)
-    wanted = jnp.minimum(analog.conductances(device, w), device.g_prog)
+    before = g / analog.mean_drift(device, g, analog.age_of(readout, t))
+    wanted = writable(device, analog.weights(device, before))
     return analog.program(program_key, device, readout, wanted, t)
+
+
+# What is done with a readout before its next task, given the key, the device, the readout, what
+# it was programmed to at the start, and the time; restoring is to program that again.
+POLICIES = {
+    "nothing": nothing,
+    "restore": analog.program,
+    "reset": reset,
+    "refresh": refresh,
+}
 
 
 def lives(key, meta, cfg, device, policy):
@@ -160,7 +164,7 @@ def lives(key, meta, cfg, device, policy):
     def task(readout, inputs):
         key, k = inputs
         keep_key, trial_key, meet_key = jax.random.split(key, 3)
-        times = times_at(cfg, cfg.tread + PERIOD * k)
+        times = train.times_of_test(cfg, cfg.tread + PERIOD * k)
         kept = nothing(keep_key, device, readout, meta.g.readout, 0.0)
         done = policy(keep_key, device, readout, meta.g.readout, times.reads[0] - AHEAD)
         done = jax.tree.map(lambda new, old: jnp.where(k > 0, new, old), done, kept)
@@ -183,8 +187,7 @@ SPANS = (1, 1), (2, 10), (11, 20), (21, 30), (31, 40), (41, N_LIFE)
 def life(options):
     """50 tasks in sequence on one chip, with four ways to keep its readout."""
     numbers, drawn = {}, {}
-    for policy in (nothing, restore, reset, refresh):
-        name = policy.__name__
+    for name, policy in POLICIES.items():
         found = tested(functools.partial(lives, policy=policy), options)
         error = found.pop("error")
         print(name)
@@ -214,17 +217,14 @@ def life(options):
 # ---- chips ---------------------------------------------------------------------------------------
 
 
-def stuck(device, share):
-    """The device with a share of its kind stuck, half of them at g_max."""
-    return device._replace(stuck_low=share / 2, stuck_high=share / 2)
-
-
 def old(key, meta, cfg, device):
     """Squared error of a task that a chip meets at the age OLD."""
     chip_key, trial_key, meet_key = jax.random.split(key, 3)
     chip = deployed(chip_key, meta, cfg, device)
     trial = train.draw_trial(trial_key, cfg)
-    return meet(meet_key, meta, cfg, device, chip, trial, times_at(cfg, OLD))[-1]
+    return meet(
+        meet_key, meta, cfg, device, chip, trial, train.times_of_test(cfg, OLD)
+    )[-1]
 
 
 def regression(key, meta, cfg, device):
@@ -236,7 +236,9 @@ def regression(key, meta, cfg, device):
     )
     chip = deployed(chip_key, meta, cfg, device)
     trial = train.draw_trial(trial_key, cfg)
-    looks = train.look_at(look_key, cfg, device, chip, times_at(cfg, cfg.tread))
+    looks = train.look_at(
+        look_key, cfg, device, chip, train.times_of_test(cfg, cfg.tread)
+    )
     second = jnp.tensordot(trial.support.share, looks.moments.second[0], 1)
     first = trial.support.y @ looks.moments.first[0]
     query = moments_at(query_key, cfg, device, chip, cfg.ttest)
@@ -244,8 +246,7 @@ def regression(key, meta, cfg, device):
 
     def fit(ridge):
         w = jnp.linalg.solve(second + ridge * eye, first + ridge * looks.readout)
-        wanted = analog.conductances(device, jnp.clip(w, -1.0, 1.0)[:, None])
-        wanted = jnp.minimum(wanted, device.g_prog)
+        wanted = writable(device, w[:, None])
         done = analog.program(write_key, device, chip.xbars.readout, wanted, cfg.tprog)
         written = network.read_readout(read_key, device, done.xbar, cfg.ttest)
         return {
@@ -281,10 +282,12 @@ def chips(options):
         if device.g_max != g_max or isinstance(device.law, analog.Ideal):
             continue
         new = tested(train.episode, options, device).measured["mse"]
-        used = tested(functools.partial(lives, policy=restore), options, device)[
+        used = tested(functools.partial(lives, policy=analog.program), options, device)[
             "error"
         ]
-        faulty = tested(train.episode, options, stuck(device, 0.01)).measured["mse"]
+        faulty = tested(train.episode, options, device._replace(**STUCK)).measured[
+            "mse"
+        ]
         ridge = tested(regression, options, device)["ridge regression, written"]
         rows[name] = {
             "before adaptation": show(f"{name}, before adaptation", new[:, 0]),
@@ -312,7 +315,7 @@ def aged(key, meta, cfg, device):
     chip = deployed(chip_key, meta, cfg, device)
     first = train.draw_trial(first_key, cfg)
     second = train.draw_trial(second_key, cfg)
-    times = times_at(cfg, cfg.tread)
+    times = train.times_of_test(cfg, cfg.tread)
     readouts, _ = learn(learn_key, meta, cfg, device, chip, first, times)
     readout = readouts[-1]
     seen = analog.read(scale_key, device, readout, times.pulses[-1] + device.t0)
@@ -320,9 +323,11 @@ def aged(key, meta, cfg, device):
     def at(inputs):
         key, age = inputs
         kept_key, fresh_key, program_key, again_key = jax.random.split(key, 4)
-        times = times_at(cfg, age)
+        times = train.times_of_test(cfg, age)
         target = meta.g.readout
-        new = restore(program_key, device, readout, target, times.reads[0] - AHEAD)
+        new = analog.program(
+            program_key, device, readout, target, times.reads[0] - AHEAD
+        )
         restored = with_readout(chip, new.xbar)
         fresh = meet(fresh_key, meta, cfg, device, chip, first, times)
         again = meet(again_key, meta, cfg, device, restored, second, times)
@@ -422,7 +427,7 @@ OTHER_DEVICES = {
     "no read noise": READ_NOISE,
     "no drift": DRIFT,
     "no noise, no drift": PULSE_NOISE | READ_NOISE | DRIFT,
-    "1 % of devices stuck": {"stuck_low": 0.005, "stuck_high": 0.005},
+    "1 % of devices stuck": STUCK,
 }
 
 
@@ -487,7 +492,7 @@ def moves(key, meta, cfg, device):
     chip_key, trial_key, learn_key, look_key = jax.random.split(key, 4)
     chip = deployed(chip_key, meta, cfg, device)
     trial = train.draw_trial(trial_key, cfg)
-    times = times_at(cfg, cfg.tread)
+    times = train.times_of_test(cfg, cfg.tread)
     readouts, pulses = learn(learn_key, meta, cfg, device, chip, trial, times)
     moved = analog.weights(device, readouts[-1].g - readouts[0].g)[:, 0]
     fired = jnp.any(sum(pulses) > 0, 0)[:, 0]
@@ -565,8 +570,8 @@ def main(argv=None):
     train.configure_backend()
     name, options, out = parse(argv)
     numbers, figure = STUDIES[name](options)
-    if options.run and options.run.devices[0].name != "pcm":
-        name += f"_{options.run.devices[0].name}"
+    if options.run:
+        name += train.suffix_of(options.run.devices[0])
     train.write(out / f"{name}.png", figures.png(figure))
     train.write_json(out / f"{name}.json", numbers)
     print(f"figure in {out / name}.png, numbers in {out / name}.json")

@@ -79,7 +79,7 @@ def test_an_interval_needs_64_chips():
 # ---- studies -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [studies.restore, studies.refresh])
+@pytest.mark.parametrize("policy", [analog.program, studies.refresh])
 def test_keeping_a_readout_keeps_its_mean_weight(policy):
     """Five times, 1,000 s apart."""
     device = analog.PCM
