@@ -24,6 +24,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -150,7 +151,12 @@ class Config:
 
 # Settings that belong together; a flag given beside --preset wins.
 WIDE = {"n_h1": 128, "twait": 150.0, "batch_train": 128}
-CHIP = {"device": "pcm,pcm_history", "batch_train": 128, "twait": 150.0}
+CHIP = {
+    "device": "pcm,pcm_history",
+    "batch_train": 128,
+    "twait": 150.0,
+    "dac_bits": 6,
+}
 PRESETS = {
     # more synapses at the readout, one look
     "wide": {**WIDE, "gain_out": 0.5, "n_iter": 1500},
@@ -275,14 +281,10 @@ def moments_of_range(e):
     return Moments(second_moment(e.reshape(1, -1, e.shape[-1])), jnp.mean(e, 0))
 
 
-def residual(moments, samples, w, shared=False):
-    """S w − b [H] of weights w [H]: half the gradient of the squared error. Where all tasks
-    of a chip share w, its product with the moments comes first: it is then formed once for
-    all of them."""
-    if shared:
-        s_w = samples.share @ (moments.second @ w)
-    else:
-        s_w = jnp.tensordot(samples.share, moments.second, 1) @ w
+def residual(moments, samples, w):
+    """S w − b [H] of weights w [H]: half the gradient of the squared error. The product with
+    w comes first, which tasks share as long as they share w."""
+    s_w = samples.share @ (moments.second @ w)
     return s_w - samples.y @ moments.first
 
 
@@ -387,7 +389,7 @@ def pooled(moments):
 class Times(NamedTuple):
     """When things happen, in s since deployment."""
 
-    reads: jax.Array  # [n_inner], of the looks
+    reads: jax.Array  # [n_inner], of the looks; [1] where one read serves them all
     pulses: jax.Array  # [n_inner], of the looks
     query: jax.Array
 
@@ -433,7 +435,7 @@ class Looks(NamedTuple):
     """What the tasks of a chip share: hidden crossbars never change, the readout not before
     a pulse."""
 
-    moments: Moments  # [n_inner, ...], of the hidden crossbars in each look
+    moments: list  # Moments of the hidden crossbars, of each look in turn
     readout: jax.Array  # [H], weights of the readout in the first look
 
 
@@ -446,7 +448,9 @@ def look_at(key, cfg, device, chip, times):
         moments, _ = observe(moments_by_level, key, cfg, device, chip, t)
         return moments
 
-    moments = in_turn(look, (jax.random.split(hidden_key, cfg.n_inner), times.reads))
+    keys = jax.random.split(hidden_key, len(times.reads))
+    moments = in_turn(look, (keys, times.reads))
+    moments = [Moments(*x) for x in zip(*map(jnp.unstack, moments), strict=True)]
     first = network.read_readout(
         readout_key, device, chip.xbars.readout, times.reads[0]
     )
@@ -456,14 +460,13 @@ def look_at(key, cfg, device, chip, times):
 def adapt(key, meta, cfg, device, chip, looks, support, times):
     """The readouts of a chip after 0, 1, … n_inner looks, a list of crossbars, and the
     pulses [2, H, 1] of each."""
-    readouts, pulses = [chip.xbars.readout], []
-    for k, look_key in enumerate(jax.random.split(key, cfg.n_inner)):
-        read_key, rule_key, pulse_key = jax.random.split(look_key, 3)
-        w = looks.readout
+    readouts, pulses, w = [chip.xbars.readout], [], looks.readout
+    keys = jax.random.split(key, cfg.n_inner)
+    for k, moments in zip(range(cfg.n_inner), itertools.cycle(looks.moments)):
+        read_key, rule_key, pulse_key = jax.random.split(keys[k], 3)
         if k > 0:
-            w = network.read_readout(read_key, device, readouts[k], times.reads[k])
-        moments = Moments(looks.moments.second[k], looks.moments.first[k])
-        gradient = 2 * residual(moments, support, w, shared=k == 0)
+            w = network.read_readout(read_key, device, readouts[k], times.pulses[k])
+        gradient = 2 * residual(moments, support, w)
         theta = jnp.exp(meta.log_theta[k])
         counts = RULES[cfg.rule](rule_key, cfg, gradient, theta)
         fired = analog.fire(
@@ -545,6 +548,9 @@ def meta_loss(key, meta, cfg, device, n_tasks):
     age_key, meet_key = jax.random.split(key)
     age = cfg.tread * (cfg.max_age / cfg.tread) ** jax.random.uniform(age_key)
     times = times_of(cfg, age, cfg.twait)
+    # One read of the hidden crossbars serves all looks: their reads differ in noise alone,
+    # and six looks take half the time.
+    times = times._replace(reads=times.reads[:1])
     make = injected(cfg, device)
     met = meet(moments_of_range, meet_key, meta, cfg, device, make, times, n_tasks)
     query = pooled(met.measured)
@@ -770,18 +776,35 @@ class Run(NamedTuple):
     versions: dict | None = None  # provenance of what was loaded
 
 
-def write(path, data):
+def replace(path, data):
     """Replace the file as a whole: a reader, or a run killed at any moment, finds the old
     or the new."""
-    if jax.process_index():  # of several hosts the first alone writes
-        return
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         os.replace(part, path)
-    except OSError as error:
+    finally:
         part.unlink(missing_ok=True)
+
+
+def extend(path, data):
+    """Add to the file what it lacks of data, so that tail -f follows it; a file that holds
+    anything else is replaced."""
+    known = path.read_bytes() if path.exists() else b""
+    if not known or not data.startswith(known):
+        return replace(path, data)
+    with path.open("ab") as file:
+        file.write(data[len(known) :])
+
+
+def write(path, data, put=replace):
+    """Put data into the file, by replace or extend."""
+    if jax.process_index():  # of several hosts the first alone writes
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        put(path, data)
+    except OSError as error:
         stop(
             f"cannot write {path}: {error.strerror}; what was saved stands untouched", 1
         )
@@ -847,7 +870,7 @@ def save(run, folder):
     }
     write_json(folder / "config.json", config)
     if run.rows:
-        write(folder / "metrics.csv", csv_of(run.rows))
+        write(folder / "metrics.csv", csv_of(run.rows), extend)
     arrays = dict(zip(array_names(run.state), jax.tree.leaves(run.state), strict=True))
     arrays |= {"theta": np.exp(arrays["log_theta"]), "step": run.step}
     arrays["rows"] = json.dumps(run.rows)
@@ -1205,24 +1228,42 @@ def announce(run, folder):
     say("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
 
 
+@contextlib.contextmanager
+def compile_times():
+    """The seconds of each compilation from now on, a list that grows."""
+    found = []
+
+    def listen(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def execute(run, folder):
     """Meta-train, meta-test, draw and report."""
     announce(run, folder)
     save(run, folder)
     times = [time.monotonic()]
-    run = train(run, folder)
-    times.append(time.monotonic())
-    say(f"testing {run.cfg.batch_test} chips")
-    episodes, results = meta_test(run)
+    with compile_times() as compiling:
+        run = train(run, folder)
+        times.append(time.monotonic())
+        say(f"testing {run.cfg.batch_test} chips")
+        episodes, results = meta_test(run)
+        times.append(time.monotonic())
     write_json(folder / "results.json", results)
     for name, found in episodes.items():
         write_arrays(folder / f"chips_{name}.npz", found.measured)
-    times.append(time.monotonic())
     report(results)
     copies = draw(run, episodes, results, folder)
     say(f"results in {folder}/, figures in {' '.join(map(str, copies))}")
     training, testing = np.diff(times)
-    say(f"training took {training:.0f} s and testing {testing:.0f} s, with compiling")
+    took = f"training took {training:.0f} s and testing {testing:.0f} s"
+    say(f"{took}, of which {sum(compiling):.0f} s went into compiling")
 
 
 def join_hosts():

@@ -239,8 +239,9 @@ def regression(key, meta, cfg, device):
     looks = train.look_at(
         look_key, cfg, device, chip, train.times_of_test(cfg, cfg.tread)
     )
-    second = jnp.tensordot(trial.support.share, looks.moments.second[0], 1)
-    first = trial.support.y @ looks.moments.first[0]
+    seen = looks.moments[0]
+    second = jnp.tensordot(trial.support.share, seen.second, 1)
+    first = trial.support.y @ seen.first
     query = moments_at(query_key, cfg, device, chip, cfg.ttest)
     eye = jnp.eye(len(first))
 
@@ -497,7 +498,7 @@ def moves(key, meta, cfg, device):
     moved = analog.weights(device, readouts[-1].g - readouts[0].g)[:, 0]
     fired = jnp.any(sum(pulses) > 0, 0)[:, 0]
     looks = train.look_at(look_key, cfg, device, chip, times)
-    moments = jax.tree.map(lambda x: x[0], looks.moments)
+    moments = looks.moments[0]
     second = jnp.tensordot(trial.support.share, moments.second, 1)
     rate = 0.5 / jnp.maximum(jnp.linalg.eigvalsh(second)[-1], 1e-6)
 

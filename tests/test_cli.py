@@ -374,7 +374,24 @@ def test_a_log_has_lines(quick, monkeypatch):
     monkeypatch.setattr(train, "LOG", 4)
     _, out, _ = call()
     line = r"4 of 6: loss \d\.\d{3}, test \d\.\d{3}, \d+\.\d per s, \d+ s left"
-    assert re.search(line, out) and "training took" in out
+    assert re.search(line, out)
+    spent = r"training took \d+ s and testing \d+ s, of which \d+ s went into compiling"
+    assert re.search(spent, out)
+
+
+def test_rows_are_added_to_metrics_csv(tmp_path):
+    """tail -f keeps a file open: it sees the new rows alone, and a cut row is completed."""
+    path = tmp_path / "metrics.csv"
+    train.write(path, b"step\n1\n", train.extend)
+    with path.open("rb") as reader:
+        reader.read()
+        train.write(path, b"step\n1\n22\n", train.extend)
+        assert reader.read() == b"22\n"
+    path.write_bytes(b"step\n1\n2")
+    train.write(path, b"step\n1\n22\n", train.extend)
+    assert path.read_bytes() == b"step\n1\n22\n"
+    train.write(path, b"step\n1\n", train.extend)  # as a resume from before that row
+    assert path.read_bytes() == b"step\n1\n"
 
 
 def test_a_platform_that_is_absent_is_one_line(tmp_path):

@@ -92,8 +92,7 @@ def traces(cfg):
     return hidden, network.simulate(train.dynamics_of(cfg), hidden, u).trace
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_delta_rule_equals_autodiff_of_the_time_steps(x64, shared):
+def test_delta_rule_equals_autodiff_of_the_time_steps(x64):
     cfg, _ = configured()
     hidden, e = traces(cfg)
     trial = train.draw_trial(KEY, cfg)
@@ -104,7 +103,7 @@ def test_delta_rule_equals_autodiff_of_the_time_steps(x64, shared):
         return oracle.squared_error(train.dynamics_of(cfg), weights, u, trial.y)
 
     w = jax.random.normal(KEY, (cfg.n_h1,))
-    found = 2 * train.residual(train.moments_by_level(e), trial.support, w, shared)
+    found = 2 * train.residual(train.moments_by_level(e), trial.support, w)
     close(found, jax.jit(jax.grad(error))(w), 1e-9)
 
 
@@ -125,7 +124,7 @@ def test_query_error_equals_the_mean_over_a_fine_grid(x64, last):
     close(train.squared_error(train.moments_of_range(e), samples, w), expected, 1e-3)
 
 
-def plain_residual(moments, samples, w, shared=False):
+def plain_residual(moments, samples, w):
     """Half the gradient of the plain squared error over pairs x, y, by autodiff."""
     levels, y = samples
 
@@ -253,6 +252,31 @@ def test_tasks_share_the_first_look_and_no_other_read():
     assert not np.array_equal(done.readouts[1].g[0], done.readouts[1].g[1])
     for w in done.w:
         assert np.all(w[0] != w[1]) and np.all(w[0] != w[2])
+
+
+def test_looks_take_turns_with_the_reads_of_the_hidden_crossbars():
+    """Gradients of a look against those of the read that it should use; a readout without
+    noise is not needed, as thresholds out of reach leave it unpulsed."""
+    cfg, devices = configured(device="perf", n_inner=3)
+    meta = start(cfg, devices).meta
+    chip = network.assemble(KEY, devices[0], train.injected(cfg, devices[0]), meta.g)
+    times = train.times_of(cfg, cfg.tread, cfg.twait)
+    trial = train.draw_trial(KEY, cfg)
+    seen = []
+
+    def rule(key, cfg, gradient, theta):
+        seen.append(gradient)
+        return jnp.zeros((2, cfg.n_h1, 1))
+
+    looks = train.look_at(KEY, cfg, devices[0], chip, times)
+    assert len(looks.moments) == 3
+    doubled = jax.tree.map(lambda x: 2 * x, looks.moments[0])
+    looks = looks._replace(moments=[looks.moments[0], doubled])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.RULES, "comparators", rule)
+        train.adapt(KEY, meta, cfg, devices[0], chip, looks, trial.support, times)
+    close(seen[1], 2 * seen[0], 1e-6)
+    close(seen[2], seen[0], 1e-6)
 
 
 def test_ages_of_meta_training_are_log_uniform(monkeypatch):
