@@ -508,12 +508,13 @@ def fabricate(key, device, target, error_std=0.0):
 
 def fire(key, device, xbar, counts, n_most, t):
     """Crossbar after counts [2, rows, cols] SET pulses at time t (s), at most n_most of
-    each device; the last of them may be a part of a pulse. The gradient of a whole count
-    is that of its last pulse and of the next one."""
+    each device; the last of them may be a part of a pulse. A count passes its gradient
+    through its last pulse, and 0 through the first."""
 
     def pulse(xbar, inputs):
         key, n_fired = inputs
-        amount = clip(counts - n_fired, 0.0, 1.0)
+        counted = (counts > n_fired) | (n_fired == 0)
+        amount = jnp.where(counted, clip(counts - n_fired, 0.0, 1.0), 0.0)
         return set_pulse(key, device, xbar, amount, t), None
 
     keys = jax.random.split(key, n_most)

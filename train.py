@@ -172,7 +172,7 @@ PRESETS = {
         "n_bits": 3,
         "n_h0": 64,
         "gain_out": 0.25,
-        "n_iter": 2500,
+        "n_iter": 1600,
     },
 }
 
