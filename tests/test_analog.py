@@ -246,6 +246,18 @@ def test_part_of_a_pulse_is_that_part_of_its_step():
 # ---- gradients -----------------------------------------------------------------------------------
 
 
+def test_a_count_passes_the_gradient_of_one_pulse():
+    """Every pulse of PERF adds 0.75 µS, so that is the derivative at each count up to the
+    largest, whole or not."""
+    counts = jnp.broadcast_to(jnp.arange(0.0, 3.1, 0.25), (2, 1, 13))
+    xbar = analog.fabricate(KEY, PERF, jnp.full(counts.shape, 2.0))
+
+    def total(counts):
+        return jnp.sum(fire(KEY, PERF, xbar, counts, 3, 7.0).g)
+
+    np.testing.assert_allclose(jax.grad(total)(counts), 0.75, rtol=1e-5)
+
+
 def test_clip_has_derivative_one_on_the_closed_range():
     slope = jax.vmap(jax.grad(lambda x: analog.clip(x, 0.1, 12.0)))
     assert slope(jnp.array([0.0, 0.1, 5.0, 12.0, 12.1])).tolist() == [0, 1, 1, 1, 0]
