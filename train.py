@@ -31,6 +31,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1278,6 +1279,18 @@ def execute(run, folder):
     say(f"{took}, of which {sum(compiling):.0f} s went into compiling")
 
 
+def reach(address):
+    """Wait until the coordinator of other hosts answers; XLA would abort without a word that
+    helps."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + JOINING
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            return socket.create_connection((host, int(port)), JOINING).close()
+        time.sleep(1)
+    raise RuntimeError(f"no coordinator answers at {address}")
+
+
 def join_hosts():
     """Join the other hosts, if their coordinator is named."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -1287,6 +1300,8 @@ def join_hosts():
             os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         ]
         place = [int(x) if x else None for x in place]
+        if place[1]:  # the first is the coordinator itself
+            reach(address)
         jax.distributed.initialize(None, *place, initialization_timeout=JOINING)
 
 

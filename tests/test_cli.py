@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import signal
+import socket
 import time
 
 import jax
@@ -392,6 +393,19 @@ def test_rows_are_added_to_metrics_csv(tmp_path):
     assert path.read_bytes() == b"step\n1\n22\n"
     train.write(path, b"step\n1\n", train.extend)  # as a resume from before that row
     assert path.read_bytes() == b"step\n1\n"
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line(quick, monkeypatch):
+    monkeypatch.setattr(train, "JOINING", 0.5)
+    with socket.socket() as closed:  # bound, but it does not listen
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+        monkeypatch.setenv("JAX_PROCESS_ID", "1")
+        status, out, err = call()
+    assert status == 2 and f"joining the hosts at {address}" in out
+    assert err == f"error: JAX cannot start: no coordinator answers at {address}\n"
 
 
 def test_a_platform_that_is_absent_is_one_line(tmp_path):
