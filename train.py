@@ -174,7 +174,7 @@ PRESETS = {
         "n_h0": 64,
         "gain_out": 0.25,
         "grad_thr": 4.0,  # few pulses at the start, else gradients explode
-        "n_iter": 1600,
+        "n_iter": 3000,
     },
 }
 
