@@ -509,11 +509,11 @@ def fabricate(key, device, target, error_std=0.0):
 def fire(key, device, xbar, counts, n_most, t):
     """Crossbar after counts [2, rows, cols] SET pulses at time t (s), at most n_most of
     each device; the last of them may be a part of a pulse. A count passes its gradient
-    through its last pulse, and 0 through the first."""
+    through its last pulse, and 0 through a first pulse that is not fired."""
 
     def pulse(xbar, inputs):
         key, n_fired = inputs
-        counted = (counts > n_fired) | (n_fired == 0)
+        counted = n_fired < jnp.maximum(counts, 1.0)
         amount = jnp.where(counted, clip(counts - n_fired, 0.0, 1.0), 0.0)
         return set_pulse(key, device, xbar, amount, t), None
 
