@@ -401,9 +401,8 @@ def pooled(moments):
 class Times(NamedTuple):
     """When things happen, in s since deployment."""
 
-    reads: (
-        jax.Array
-    )  # [n_inner], of the hidden crossbars; [1] where one read serves all looks
+    # [n_inner], of the hidden crossbars; [1] where one read serves all looks
+    reads: jax.Array
     pulses: jax.Array  # [n_inner], of the looks
     query: jax.Array
 
@@ -1298,12 +1297,10 @@ def join_hosts():
         place = [
             os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         ]
-        place = [int(x) if x else None for x in place]
-        if place[
-            1
-        ]:  # 0 is the coordinator's own host, None if a cluster's manager knows it
+        n_hosts, host = [int(x) if x else None for x in place]
+        if host:  # 0 is the coordinator itself; a cluster's manager may know the number
             reach(address)
-        jax.distributed.initialize(None, *place, initialization_timeout=JOINING)
+        jax.distributed.initialize(None, n_hosts, host, initialization_timeout=JOINING)
 
 
 def configure_backend():
