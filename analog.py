@@ -528,19 +528,17 @@ class Programmed(NamedTuple):
     xbar: Crossbar
     pulses: jax.Array  # SET pulses
     resets: jax.Array  # RESET pulses
-    reads: jax.Array  # verify reads, MIN_AGE seconds each
+    reads: jax.Array  # verify reads, each t0 after a pulse
 
 
 def verify(key, device, target, state, unfinished, t):
     """Programmed after one verify step at time t (s) of the unfinished devices, and which
-    are still unfinished. A device is finished when a read MIN_AGE after its pulse,
-    corrected for the mean drift of a device at target (µS), is within the tolerance; else
-    it gets a SET pulse, or a RESET if it has overshot. Programming takes no simulated
-    time: all of its pulses carry the time t."""
+    are still unfinished. A device is finished when a read t0 after its pulse is within the
+    tolerance of its target (µS); else it gets a SET pulse, or a RESET if it has overshot.
+    Programming takes no simulated time: all of its pulses carry the time t."""
     read_key, reset_key, set_key = jax.random.split(key, 3)
-    drifted = mean_drift(device, target, MIN_AGE)
     reads = state.reads + unfinished.astype(int)
-    error = measure(read_key, device, state.xbar, t + MIN_AGE) / drifted - target
+    error = measure(read_key, device, state.xbar, t + device.t0) - target
     unfinished = unfinished & (jnp.abs(error) > TOLERANCE * span(device))
     over = unfinished & (error > 0)
     under = unfinished & (error < 0)

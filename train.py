@@ -56,6 +56,7 @@ TEST_CHIPS = 64  # chips tested for a row of metrics.csv
 LOG = 1000  # meta-iterations between two lines of a log
 JOINING = 300  # s, to wait for other hosts
 LR_THETA = 0.1  # step of the optimizer for ln θ
+MOST_NORM = 3.0  # of an outer gradient, squared error per range of a conductance
 LR_SHARE = 0.1 / 11.9  # default of lr_out, share of the device's range: 0.1 µS on PCM
 
 
@@ -173,7 +174,6 @@ PRESETS = {
         "n_bits": 3,
         "n_h0": 64,
         "gain_out": 0.25,
-        "grad_thr": 4.0,  # few pulses at the start, else gradients explode
         "n_iter": 3000,
     },
 }
@@ -580,6 +580,16 @@ def meta_loss(key, meta, cfg, device, n_tasks):
     return loss, measured
 
 
+def clipped(gradient, device):
+    """The gradient (per µS and per ln θ), shortened to MOST_NORM with conductances taken as
+    shares of the device's range. Through several looks it explodes in the first iterations,
+    and Adam would remember that for a thousand more."""
+    per_range = jax.tree.map(lambda g: g * analog.span(device), gradient.g)
+    leaves = jax.tree.leaves((per_range, gradient.log_theta))
+    norm = jnp.sqrt(sum(jnp.sum(x**2) for x in leaves))
+    return jax.tree.map(lambda x: x * jnp.minimum(1.0, MOST_NORM / norm), gradient)
+
+
 def adam_start(meta):
     """Adam's memory at the start."""
     zero = jax.tree.map(jnp.zeros_like, meta)
@@ -640,7 +650,10 @@ def gradient_of(cfg, devices, meta, key):
         )
         chip_keys = jax.random.split(device_key, cfg.n_chips)
         found.append(on_chips(jax.grad(loss, 1, has_aux=True), chip_keys, meta))
-    return jax.tree.map(lambda *x: jnp.mean(jnp.concatenate(x), 0), *found)
+    gradient, measured = jax.tree.map(
+        lambda *x: jnp.mean(jnp.concatenate(x), 0), *found
+    )
+    return clipped(gradient, devices[0]), measured
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

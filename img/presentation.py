@@ -15,16 +15,6 @@ FOLDER = Path(__file__).parent
 INPUT = 1.5
 
 
-def run_of(argv):
-    """The Run of the folder on the command line, or of img/trained, or else before
-    training."""
-    folder = Path(argv[0]) if argv else FOLDER / "trained"
-    if argv or (folder / "config.json").exists():
-        return train.load(folder)
-    cfg, devices = train.configure({})
-    return train.Run(cfg, devices, train.start(train.stream(cfg, 0), cfg, devices))
-
-
 def present(run):
     """Spikes [T, n] and membranes [T, n] of each layer, and the output [T], of a new chip
     at INPUT."""
@@ -45,7 +35,8 @@ def present(run):
 
 def main():
     """Draw the network of the run folder on the command line."""
-    spikes, membranes, output = jax.device_get(present(run_of(sys.argv[1:])))
+    run = train.load(sys.argv[1] if len(sys.argv) > 1 else FOLDER / "trained")
+    spikes, membranes, output = jax.device_get(present(run))
     busiest = np.argmax(np.sum(spikes[-1], 0))
     t = 1e3 * network.DT * np.arange(1, network.N_STEPS + 1)
     figure = figures.presentation(t, INPUT, spikes, membranes[-1][:, busiest], output)

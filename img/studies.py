@@ -1,18 +1,16 @@
 """Studies of a meta-trained network: each prints a table and writes its figure and numbers.
 
-    python img/studies.py chips|drift|life|limits|updates RUN [--n 256] [--out DIR]
-    python img/studies.py recipes|bits|steps [--n 256] [--out DIR] [flags of train.py]
+    python img/studies.py STUDY RUN [RUN ...] [--n 256] [--out DIR]
 
-chips     one network on new, old, used and faulty chips of its own and the built-in devices
+compare   several networks, each on new and old chips of all devices, and their mean
+chips     one network on new, old, used and faulty chips of all devices
 drift     how a task that was learned ages, and how an old chip learns
 life      50 tasks in sequence on one chip, with four ways to keep its readout
 limits    what is left of the error on other devices; bounds of any rule
 updates   sizes of pulses against those of gradient descent and Adam
-recipes   networks trained on other devices or with another rule
-bits      bits of an update
-steps     looks at a task
 
-RUN is a run folder. The networks that a study trains itself go to run/studies.
+RUN is the folder of a run. All devices are those of the run and the built-in ones of the same
+g_max, but for the ideal one. To compare settings, train a network with each of them.
 """
 
 import argparse
@@ -20,7 +18,6 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
@@ -37,18 +34,10 @@ from img import figures  # noqa: E402
 AGES = 150.0, 1e3, 1e4, 1e5, 1e6, 1e7  # s
 OLD = 1e6  # s
 N_LIFE = 50  # tasks of a life
-PERIOD = 1000.0  # s, from one of them to the next
-AHEAD = 10.0  # s, from the programming of a readout to the first look at a task
+PERIOD = 1e4  # s, from one of them to the next
+AHEAD = 100.0  # s, from the programming of a readout to the first look at a task
 RIDGES = 1e-4, 1e-3, 1e-2, 1e-1, 1.0
 STUCK = {"stuck_low": 0.005, "stuck_high": 0.005}  # shares of all devices
-
-
-class Options(NamedTuple):
-    """What a study is asked for."""
-
-    run: train.Run | None  # of the folder on the command line
-    n: int  # chips of a test
-    flags: dict  # of the networks that a study trains
 
 
 # ---- parts of experiments ------------------------------------------------------------------------
@@ -83,8 +72,13 @@ def moments_at(key, cfg, device, chip, t):
     return train.pooled(parts)
 
 
-def meet(key, meta, cfg, device, chip, trial, times):
-    """Readout, pulses [2, H, 1] and squared error after a chip has met a trial."""
+def quadratic(moments, samples):
+    """S [H, H] and b [H] of the squared error of a readout, of moments by level."""
+    return jnp.tensordot(samples.share, moments.second, 1), samples.y @ moments.first
+
+
+def learn_and_test(key, meta, cfg, device, chip, trial, times):
+    """Readout, pulses [2, H, 1] and squared error after a chip has learned a trial."""
     learn_key, hidden_key, readout_key = jax.random.split(key, 3)
     readouts, pulses = learn(learn_key, meta, cfg, device, chip, trial, times)
     moments = moments_at(hidden_key, cfg, device, chip, times.query)
@@ -92,14 +86,24 @@ def meet(key, meta, cfg, device, chip, trial, times):
     return readouts[-1], sum(pulses), train.squared_error(moments, trial.query, w)
 
 
-def tested(experiment, options, device=None, net=None):
-    """What an experiment measures on the chips of a network, by default the run's, on its
-    device."""
-    net = net or options.run
-    device = device or net.devices[0]
-    meta = train.project((device,), net.state.meta)
-    key = train.stream(net.cfg, 3)
-    return jax.device_get(train.test(experiment, net.cfg, device, options.n, key, meta))
+def tested(experiment, n, run, device=None):
+    """What an experiment measures on n chips of a run's network, of its first device or of
+    another."""
+    device = device or run.devices[0]
+    meta = train.project((device,), run.state.meta)
+    key = train.stream(train.Config(), 3)  # the same tasks for every network
+    return jax.device_get(train.test(experiment, run.cfg, device, n, key, meta))
+
+
+def devices_for(run):
+    """The devices of a run, and the built-in ones of the same g_max but for the ideal one."""
+    own = {device.name: device for device in run.devices}
+    g_max = run.devices[0].g_max
+    return [
+        device
+        for device in (own | analog.DEVICES).values()
+        if device.g_max == g_max and not isinstance(device.law, analog.Ideal)
+    ]
 
 
 def show(label, values):
@@ -110,11 +114,6 @@ def show(label, values):
         f"  {label:<64}{found['mean']:9.3f}{interval}  (n = {found['n']})", flush=True
     )
     return found
-
-
-def final_error(label, options, **of):
-    """Summary of the error after adaptation of a network on new chips, which is printed."""
-    return show(label, tested(train.episode, options, **of).measured["mse"][:, -1])
 
 
 # ---- life: 50 tasks in sequence on one chip ------------------------------------------------------
@@ -163,14 +162,16 @@ def lives(key, meta, cfg, device, policy):
 
     def task(readout, inputs):
         key, k = inputs
-        keep_key, trial_key, meet_key = jax.random.split(key, 3)
+        keep_key, trial_key, learn_key = jax.random.split(key, 3)
         times = train.times_of_test(cfg, cfg.tread + PERIOD * k)
         kept = nothing(keep_key, device, readout, meta.g.readout, 0.0)
         done = policy(keep_key, device, readout, meta.g.readout, times.reads[0] - AHEAD)
         done = jax.tree.map(lambda new, old: jnp.where(k > 0, new, old), done, kept)
         trial = train.draw_trial(trial_key, cfg)
         used = with_readout(chip, done.xbar)
-        after, fired, error = meet(meet_key, meta, cfg, device, used, trial, times)
+        after, fired, error = learn_and_test(
+            learn_key, meta, cfg, device, used, trial, times
+        )
         return after, {
             "error": error,
             "pulses": fired + done.pulses,
@@ -184,32 +185,34 @@ def lives(key, meta, cfg, device, policy):
 SPANS = (1, 1), (2, 10), (11, 20), (21, 30), (31, 40), (41, N_LIFE)
 
 
-def life(options):
+def show_wear(what, counts):
+    """Print what the devices [2, H, 1] of n chips took in N_LIFE tasks, counts [n, N_LIFE, 2, H,
+    1]; its summaries."""
+    of_device = np.sum(counts, 1)
+    devices = (1, 2, 3)
+    values = {
+        f"{what} of the readout for a task": np.sum(of_device, devices) / N_LIFE,
+        f"{what} of a device in its life": np.mean(of_device, devices),
+        f"{what} of the busiest device in its life": np.max(of_device, devices),
+    }
+    return {label: show(label, x) for label, x in values.items()}
+
+
+def life(n, run):
     """50 tasks in sequence on one chip, with four ways to keep its readout."""
     numbers, drawn = {}, {}
     for name, policy in POLICIES.items():
-        found = tested(functools.partial(lives, policy=policy), options)
-        error = found.pop("error")
+        found = tested(functools.partial(lives, policy=policy), n, run)
         print(name)
-        of = {"error": train.summary(error)}
+        of = {"error": train.summary(found["error"])}
         for first, last in SPANS:
             label = f"error, tasks {first} to {last}"
-            of[label] = show(label, np.mean(error[:, first - 1 : last], 1))
-        for what, counts in found.items():
-            of_device = np.sum(counts, 1)  # [n, 2, H, 1], in a life
-            for label, x in (
-                (
-                    f"{what} of the readout for a task",
-                    np.sum(of_device, (1, 2, 3)) / N_LIFE,
-                ),
-                (f"{what} of a device in its life", np.mean(of_device, (1, 2, 3))),
-                (
-                    f"{what} of the busiest device in its life",
-                    np.max(of_device, (1, 2, 3)),
-                ),
-            ):
-                of[label] = show(label, x)
-        numbers[name] = of
+            of[label] = show(label, np.mean(found["error"][:, first - 1 : last], 1))
+        numbers[name] = {
+            **of,
+            **show_wear("pulses", found["pulses"]),
+            **show_wear("resets", found["resets"]),
+        }
         drawn[name] = range(1, N_LIFE + 1), of["error"]
     return numbers, figures.lines(drawn, "task in sequence on one chip")
 
@@ -217,14 +220,22 @@ def life(options):
 # ---- chips ---------------------------------------------------------------------------------------
 
 
-def old(key, meta, cfg, device):
-    """Squared error of a task that a chip meets at the age OLD."""
-    chip_key, trial_key, meet_key = jax.random.split(key, 3)
+def first_task(key, meta, cfg, device, age):
+    """Squared error of the first task of a new chip, which it meets at an age in s."""
+    chip_key, trial_key, learn_key = jax.random.split(key, 3)
     chip = deployed(chip_key, meta, cfg, device)
     trial = train.draw_trial(trial_key, cfg)
-    return meet(
-        meet_key, meta, cfg, device, chip, trial, train.times_of_test(cfg, OLD)
-    )[-1]
+    times = train.times_of_test(cfg, age)
+    return learn_and_test(learn_key, meta, cfg, device, chip, trial, times)[-1]
+
+
+def young_and_old(n, run, device):
+    """Errors of n chips' first tasks, met at tread and at the age OLD, by label."""
+    ages = {"first task": run.cfg.tread, "10⁶ s old": OLD}
+    return {
+        label: tested(functools.partial(first_task, age=age), n, run, device)
+        for label, age in ages.items()
+    }
 
 
 def regression(key, meta, cfg, device):
@@ -239,9 +250,7 @@ def regression(key, meta, cfg, device):
     looks = train.look_at(
         look_key, cfg, device, chip, train.times_of_test(cfg, cfg.tread)
     )
-    seen = looks.moments[0]
-    second = jnp.tensordot(trial.support.share, seen.second, 1)
-    first = trial.support.y @ seen.first
+    second, first = quadratic(looks.moments[0], trial.support)
     query = moments_at(query_key, cfg, device, chip, cfg.ttest)
     eye = jnp.eye(len(first))
 
@@ -273,35 +282,49 @@ def show_best(label, errors):
     return show(label + note, errors[:, best])
 
 
-def chips(options):
-    """One network on new, old, used and faulty chips of its own devices and of the built-in
-    ones of the same g_max."""
-    own = {device.name: device for device in options.run.devices}
-    g_max = options.run.devices[0].g_max
+def chip_errors(n, run, device):
+    """Errors of n chips of a device by label, and by label and strength those of ridge
+    regression."""
+    restored = functools.partial(lives, policy=analog.program)
+    used = tested(restored, n, run, device)["error"]
+    faulty = tested(train.episode, n, run, device._replace(**STUCK)).measured["mse"]
+    errors = {
+        **young_and_old(n, run, device),
+        "second task": used[:, 1],
+        "50th task": used[:, -1],
+        "1 % stuck": faulty[:, -1],
+    }
+    return errors, tested(regression, n, run, device)["ridge regression, written"]
+
+
+def chips(n, run):
+    """One network on new, old, used and faulty chips of all devices."""
     rows = {}
-    for name, device in (own | analog.DEVICES).items():
-        if device.g_max != g_max or isinstance(device.law, analog.Ideal):
-            continue
-        new = tested(train.episode, options, device).measured["mse"]
-        used = tested(functools.partial(lives, policy=analog.program), options, device)[
-            "error"
-        ]
-        faulty = tested(train.episode, options, device._replace(**STUCK)).measured[
-            "mse"
-        ]
-        ridge = tested(regression, options, device)["ridge regression, written"]
-        rows[name] = {
-            "before adaptation": show(f"{name}, before adaptation", new[:, 0]),
-            "first task": show(f"{name}, first task", new[:, -1]),
-            "second task": show(f"{name}, second task", used[:, 1]),
-            "50th task": show(f"{name}, 50th task", used[:, -1]),
-            "10⁶ s old": show(f"{name}, 10⁶ s old", tested(old, options, device)),
-            "1 % stuck": show(f"{name}, 1 % of devices stuck", faulty[:, -1]),
-            "ridge, written": show_best(f"{name}, ridge regression, written", ridge),
+    for device in devices_for(run):
+        errors, ridge = chip_errors(n, run, device)
+        rows[device.name] = {
+            label: show(f"{device.name}, {label}", x) for label, x in errors.items()
         }
-    kinds = list(next(iter(rows.values())))[1:]
+        label = "ridge, written"
+        rows[device.name][label] = show_best(f"{device.name}, {label}", ridge)
+    kinds = next(iter(rows.values()))
     bars = {kind: [row[kind] for row in rows.values()] for kind in kinds}
     return rows, figures.bars(bars, rows)
+
+
+def compare(n, *runs):
+    """Several networks, each on new and old chips of all devices, and their mean."""
+    rows = {}
+    for run in runs:
+        for device in devices_for(run):
+            for label, x in young_and_old(n, run, device).items():
+                rows.setdefault(f"{device.name}, {label}", []).append(x)
+    for label, errors in rows.items():
+        means = [float(np.mean(x)) for x in errors]
+        spread = " ".join(f"{x:.3f}" for x in means)
+        print(f"  {label:<40}{np.mean(means):9.3f}   each {spread}")
+    rows = {label: list(map(train.summary, errors)) for label, errors in rows.items()}
+    return rows, figures.bars(rows, [f"network {k}" for k in range(len(runs))])
 
 
 # ---- drift ---------------------------------------------------------------------------------------
@@ -330,8 +353,8 @@ def aged(key, meta, cfg, device):
             program_key, device, readout, target, times.reads[0] - AHEAD
         )
         restored = with_readout(chip, new.xbar)
-        fresh = meet(fresh_key, meta, cfg, device, chip, first, times)
-        again = meet(again_key, meta, cfg, device, restored, second, times)
+        fresh = learn_and_test(fresh_key, meta, cfg, device, chip, first, times)
+        again = learn_and_test(again_key, meta, cfg, device, restored, second, times)
         return {
             **kept(
                 kept_key, cfg, device, chip, readout, jnp.sum(seen), first, times.query
@@ -359,9 +382,9 @@ def kept(key, cfg, device, chip, readout, reference, trial, t):
     return {**found, "adapted once, all layers compensated": error}
 
 
-def drift(options):
+def drift(n, run):
     """How a task that was learned ages, and how an old chip learns."""
-    errors = tested(aged, options)
+    errors = tested(aged, n, run)
     numbers = {"age": AGES}
     for label, values in errors.items():
         for age, column in zip(AGES, values.T, strict=True):
@@ -371,53 +394,7 @@ def drift(options):
     return numbers, figures.lines(found, "age of the chip (s)", "log")
 
 
-# ---- networks that a study trains ----------------------------------------------------------------
-
-
-def other(device, constants):
-    """The device with other constants."""
-    return analog.make(analog.describe(device) | constants)
-
-
-def trained(name, options, constants=None, **flags):
-    """The Run of a network of these flags, its device with other constants; trained once
-    and kept."""
-    folder = Path("run/studies") / name
-    cfg, devices = train.configure({"n_iter": 800, **options.flags, **flags})
-    devices = tuple(other(device, constants or {}) for device in devices)
-    run = train.Run(cfg, devices, train.start(train.stream(cfg, 0), cfg, devices))
-    if (folder / "checkpoint.npz").exists():
-        run = train.load(folder)
-    if (run.cfg, run.devices) != (cfg, devices):
-        train.stop(f"{folder} holds a network of other settings: move it away")
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"network in {folder}", flush=True)
-    return train.train(run, folder)
-
-
-def compare(settings, options):
-    """Networks trained with each of the settings, {label: flags}."""
-    rows = {}
-    for label, flags in settings.items():
-        net = trained(label.replace(" ", "_"), options, **flags)
-        rows[label] = [final_error(label, options, net=net)]
-    return rows, figures.bars(rows, ("after adaptation",))
-
-
-def bits(options):
-    """Bits of an update, real and ideal devices."""
-    settings = {}
-    for name in ("pcm", "perf"):
-        for n in range(2, 7):
-            settings[f"{name} {n} bits"] = {"device": name, "n_bits": n}
-        settings[f"{name} real-valued"] = {"device": name, "n_bits": 6, "rule": "real"}
-    return compare(settings, options)
-
-
-def steps(options):
-    """Looks at a task: networks trained for so many."""
-    return compare({f"{n} looks": {"n_inner": n} for n in (1, 2, 4, 8)}, options)
-
+# ---- limits --------------------------------------------------------------------------------------
 
 # Constants of a device of the family nandakumar.
 PULSE_NOISE = {"set_std_slope": 0.0, "set_std_offset": 0.0, "set_std_history": 0.0}
@@ -433,36 +410,25 @@ OTHER_DEVICES = {
 
 
 def others_of(device):
-    """Those of the other constants that a device has, by label."""
-    known = analog.describe(device).keys()
-    return {label: x for label, x in OTHER_DEVICES.items() if x.keys() <= known}
-
-
-def recipes(options):
-    """Networks trained, and tested, on other devices or with another rule."""
-    _, (device, *_) = train.configure(options.flags)
-    devices = {label: {"constants": x} for label, x in others_of(device).items()}
-    rules = {
-        "one threshold for all synapses": {"shared_thr": True},
-        "real-valued updates": {"n_bits": 6, "rule": "real"},
+    """The device with other constants, as far as it has them, by label."""
+    known = analog.describe(device)
+    return {
+        label: analog.make(known | constants)
+        for label, constants in OTHER_DEVICES.items()
+        if constants.keys() <= known.keys()
     }
-    return compare({"as it is": {}, **devices, **rules}, options)
 
 
-# ---- limits --------------------------------------------------------------------------------------
-
-
-def limits(options):
+def limits(n, run):
     """What is left of the error on other devices; bounds of any rule for the readout."""
-    run = options.run
-    rows = {"as it is": [final_error("as it is", options)]}
-    for label, constants in others_of(run.devices[0]).items():
-        device = other(run.devices[0], constants)
-        rows[label] = [final_error(label, options, device=device)]
+    rows = {}
+    for label, device in {"as it is": None, **others_of(run.devices[0])}.items():
+        mse = tested(train.episode, n, run, device).measured["mse"]
+        rows[label] = [show(label, mse[:, -1])]
     exact = run._replace(cfg=dataclasses.replace(run.cfg, off_noise=0.0))
-    mse = tested(train.quick_episode, options, net=exact).measured["mse"]
+    mse = tested(train.quick_episode, n, exact).measured["mse"]
     rows["no programming error"] = [show("no programming error", mse[:, -1])]
-    for label, errors in tested(regression, options).items():
+    for label, errors in tested(regression, n, run).items():
         rows[label] = [show_best(label, errors)]
     return rows, figures.bars(rows, ("after adaptation",))
 
@@ -499,7 +465,7 @@ def moves(key, meta, cfg, device):
     fired = jnp.any(sum(pulses) > 0, 0)[:, 0]
     looks = train.look_at(look_key, cfg, device, chip, times)
     moments = looks.moments[0]
-    second = jnp.tensordot(trial.support.share, moments.second, 1)
+    second, _ = quadratic(moments, trial.support)
     rate = 0.5 / jnp.maximum(jnp.linalg.eigvalsh(second)[-1], 1e-6)
 
     def gradient(w):
@@ -515,10 +481,10 @@ def moves(key, meta, cfg, device):
     }
 
 
-def updates(options):
+def updates(n, run):
     """Sizes of pulses against those of gradient descent and Adam."""
     numbers, drawn = {}, {}
-    for label, sizes in tested(moves, options).items():
+    for label, sizes in tested(moves, n, run).items():
         positive = sizes[sizes > 0]
         if not len(positive):
             print(f"  no {label}: nothing was moved")
@@ -534,48 +500,40 @@ def updates(options):
 
 # ---- command line --------------------------------------------------------------------------------
 
-OF_A_RUN = chips, drift, life, limits, updates
-STUDIES = {study.__name__: study for study in (*OF_A_RUN, recipes, bits, steps)}
+STUDIES = {x.__name__: x for x in (compare, chips, drift, life, limits, updates)}
 
 
 def parse(argv):
-    """Name of a study, its Options and the folder of its figure."""
+    """The arguments of the command line."""
     parser = train.Parser(
         prog="studies.py",
         allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    out = {"type": Path, "default": FOLDER / "gallery", "help": "folder of figures"}
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("run", nargs="?", help="run folder")
-    parser.add_argument(
-        "--n", type=int, default=256, help="chips of a test (default: 256)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=FOLDER / "gallery", help="folder of figures"
-    )
-    given, rest = parser.parse_known_args(argv)
-    needs_run = STUDIES[given.study] in OF_A_RUN
-    if needs_run and (given.run is None or rest):
-        train.stop(f"{given.study} needs a run folder and no other flags")
-    if given.run and not needs_run:
-        train.stop(f"{given.study} trains its own networks and takes no run folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--n", type=int, default=256, help="chips (default: 256)")
+    parser.add_argument("--out", **out)
+    given = parser.parse_args(argv)
+    if len(given.runs) > 1 and given.study != "compare":
+        train.stop(f"{given.study} takes one run folder")
     if given.n < 1:
         train.stop("--n must be at least 1")
-    run = train.load(given.run) if needs_run else None
-    return given.study, Options(run, given.n, train.parse(rest)[0]), given.out
+    return given
 
 
 def main(argv=None):
     """Run a study."""
     train.configure_backend()
-    name, options, out = parse(argv)
-    numbers, figure = STUDIES[name](options)
-    if options.run:
-        name += train.suffix_of(options.run.devices[0])
-    train.write(out / f"{name}.png", figures.png(figure))
-    train.write_json(out / f"{name}.json", numbers)
-    print(f"figure in {out / name}.png, numbers in {out / name}.json")
+    given = parse(argv)
+    runs = [train.load(folder) for folder in given.runs]
+    numbers, figure = STUDIES[given.study](given.n, *runs)
+    name = given.study + train.suffix_of(runs[0].devices[0])
+    train.write(given.out / f"{name}.png", figures.png(figure))
+    train.write_json(given.out / f"{name}.json", numbers)
+    print(f"figure in {given.out / name}.png, numbers in {given.out / name}.json")
 
 
 if __name__ == "__main__":
