@@ -650,10 +650,7 @@ def gradient_of(cfg, devices, meta, key):
         )
         chip_keys = jax.random.split(device_key, cfg.n_chips)
         found.append(on_chips(jax.grad(loss, 1, has_aux=True), chip_keys, meta))
-    gradient, measured = jax.tree.map(
-        lambda *x: jnp.mean(jnp.concatenate(x), 0), *found
-    )
-    return clipped(gradient, devices[0]), measured
+    return jax.tree.map(lambda *x: jnp.mean(jnp.concatenate(x), 0), *found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -665,6 +662,7 @@ def train_chunk(cfg, devices, state, key, steps):
         gradient, measured = gradient_of(
             cfg, devices, state.meta, jax.random.fold_in(key, step)
         )
+        gradient = clipped(gradient, devices[0])
         direction, memory = update(step, gradient, state.memory)
         size = schedule(cfg, step)
         g = jax.tree.map(

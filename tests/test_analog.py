@@ -325,6 +325,15 @@ def test_program_reaches_its_targets():
     assert np.all(done.xbar.t_prog == 9)
 
 
+def test_programming_does_not_tell_drift_exponents_apart():
+    """Devices that drift fast are left no lower at t0 than others: no correlation beyond 4
+    standard errors."""
+    done = programmed_grid()
+    error = np.asarray(done.xbar.g - GRID)
+    found = np.corrcoef(error.ravel(), np.ravel(done.xbar.nu))[0, 1]
+    assert abs(found) < 4 / math.sqrt(error.size)
+
+
 def test_program_counts_what_it_does():
     """Each read but the last leads to a pulse, and only the first RESET follows no read."""
     done = programmed_grid()

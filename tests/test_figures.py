@@ -121,7 +121,7 @@ def test_a_study_from_start_to_figure(here, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", ["drift", "chips mine --n 0", "bits run/x", "nothing"]
+    "words", ["drift", "chips mine --n 0", "life mine other", "nothing mine"]
 )
 def test_bad_input_to_a_study_is_one_line(here, capsys, words):
     with pytest.raises(SystemExit) as end:

@@ -306,6 +306,21 @@ def test_adam_by_hand():
         np.testing.assert_allclose(direction["x"], expected, rtol=1e-4)
 
 
+def test_a_steep_gradient_is_shortened():
+    """To the same length in every unit of conductance; a gentle one is left alone."""
+    steep = train.Meta(network.Network((3.0,), 4.0), 5.0)
+    for factor in (1.0, 100.0):
+        device = analog.PCM._replace(g_min=0.0, g_max=12.0 * factor)
+        g = network.Network((3.0 / factor,), 4.0 / factor)
+        found = train.clipped(steep._replace(g=g), device)
+        shares = np.array([found.g.hidden[0], found.g.readout]) * 12 * factor
+        norm = np.hypot(np.hypot(*shares), found.log_theta)
+        np.testing.assert_allclose(norm, train.MOST_NORM, rtol=1e-6)
+        np.testing.assert_allclose(shares / found.log_theta, [7.2, 9.6], rtol=1e-6)
+    gentle = jax.tree.map(lambda x: x / 100, steep)
+    assert train.clipped(gentle, analog.PCM) == gentle
+
+
 def test_steps_drop():
     cfg, _ = configured(n_iter=100)
     factors = [float(train.schedule(cfg, step)) for step in (0, 59, 60, 99)]
