@@ -144,7 +144,7 @@ class Config:
     )
     twait: float = setting(50.0, "from tprog to the query in meta-training, s", TIME)
     max_age: float = setting(
-        1e5,
+        1e6,
         "age of a chip at its first read in meta-training, s: log-uniform, tread to this",
         TIME,
     )

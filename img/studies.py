@@ -220,22 +220,24 @@ def life(n, run):
 # ---- chips ---------------------------------------------------------------------------------------
 
 
-def first_task(key, meta, cfg, device, age):
-    """Squared error of the first task of a new chip, which it meets at an age in s."""
+def first_tasks(key, meta, cfg, device):
+    """Squared errors [2] of the same task that a new chip meets first at tread, or at the age
+    OLD."""
     chip_key, trial_key, learn_key = jax.random.split(key, 3)
     chip = deployed(chip_key, meta, cfg, device)
     trial = train.draw_trial(trial_key, cfg)
-    times = train.times_of_test(cfg, age)
-    return learn_and_test(learn_key, meta, cfg, device, chip, trial, times)[-1]
+
+    def at(age):  # the draws are the same at both ages
+        times = train.times_of_test(cfg, age)
+        return learn_and_test(learn_key, meta, cfg, device, chip, trial, times)[-1]
+
+    return jax.lax.map(at, jnp.array([cfg.tread, OLD]))
 
 
 def young_and_old(n, run, device):
-    """Errors of n chips' first tasks, met at tread and at the age OLD, by label."""
-    ages = {"first task": run.cfg.tread, "10⁶ s old": OLD}
-    return {
-        label: tested(functools.partial(first_task, age=age), n, run, device)
-        for label, age in ages.items()
-    }
+    """Errors of n chips in their first task by when they meet it."""
+    young, old = tested(first_tasks, n, run, device).T
+    return {"first task": young, "10⁶ s old": old}
 
 
 def regression(key, meta, cfg, device):

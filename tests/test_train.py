@@ -283,7 +283,7 @@ def test_ages_of_meta_training_are_log_uniform(monkeypatch):
     for key in jax.random.split(KEY, 400):
         with pytest.raises(StopIteration):
             train.meta_loss(key, None, cfg, devices[0], 1)
-    share = np.sort(np.log(np.array(ages) / 100) / np.log(1000))
+    share = np.sort(np.log(np.array(ages) / 100) / np.log(10_000))
     assert 0 <= share[0] and share[-1] <= 1
     uniform = np.linspace(0, 1, 400)
     assert (
