@@ -910,10 +910,12 @@ def load(folder):
         devices = tuple(map(analog.make, described))
         cfg = Config(**{name: saved["config"][name] for name in vars(Config())})
         template = jax.eval_shape(lambda: start(jax.random.key(0), cfg, devices))
+        like, structure = jax.tree.flatten(template)
         with np.load(folder / "checkpoint.npz") as file:
-            leaves = [jnp.asarray(file[name]) for name in array_names(template)]
+            arrays = [file[name] for name in array_names(template)]
             step, rows = int(file["step"]), json.loads(str(file["rows"]))
-        state = jax.tree.unflatten(jax.tree.structure(template), leaves)
+        leaves = [x.reshape(y.shape) for x, y in zip(arrays, like, strict=True)]
+        state = jax.tree.unflatten(structure, leaves)
         return Run(cfg, devices, state, step, tuple(rows), saved.get("versions", {}))
     except FileNotFoundError as error:
         stop(f"{error.filename} does not exist: there is no run to load")

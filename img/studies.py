@@ -43,9 +43,11 @@ STUCK = {"stuck_low": 0.005, "stuck_high": 0.005}  # shares of all devices
 # ---- parts of experiments ------------------------------------------------------------------------
 
 
-def deployed(key, meta, cfg, device):
-    """A new chip of a network, programmed at t = 0."""
-    return network.assemble(key, device, train.programmed(cfg, device), meta.g)
+def new_chip(key, meta, cfg, device):
+    """A chip of a network, programmed at t = 0, and its first trial."""
+    chip_key, trial_key = jax.random.split(key)
+    chip = network.assemble(chip_key, device, train.programmed(cfg, device), meta.g)
+    return chip, train.draw_trial(trial_key, cfg)
 
 
 def with_readout(chip, readout):
@@ -158,7 +160,7 @@ def lives(key, meta, cfg, device, policy):
     """Squared errors [N_LIFE] of one chip, pulses and RESETs [N_LIFE, 2, H, 1], where the
     policy comes between two tasks."""
     chip_key, life_key = jax.random.split(key)
-    chip = deployed(chip_key, meta, cfg, device)
+    chip, _ = new_chip(chip_key, meta, cfg, device)
 
     def task(readout, inputs):
         key, k = inputs
@@ -223,9 +225,8 @@ def life(n, run):
 def first_tasks(key, meta, cfg, device):
     """Squared errors [2] of the same task that a new chip meets first at tread, or at the age
     OLD."""
-    chip_key, trial_key, learn_key = jax.random.split(key, 3)
-    chip = deployed(chip_key, meta, cfg, device)
-    trial = train.draw_trial(trial_key, cfg)
+    chip_key, learn_key = jax.random.split(key)
+    chip, trial = new_chip(chip_key, meta, cfg, device)
 
     def at(age):  # the draws are the same at both ages
         times = train.times_of_test(cfg, age)
@@ -240,40 +241,36 @@ def young_and_old(n, run, device):
     return {"first task": young, "10⁶ s old": old}
 
 
+def written(key, cfg, device, chip, w):
+    """Weights [H] as read at ttest from a readout that was programmed to weights w [H] at
+    tprog."""
+    write_key, read_key = jax.random.split(key)
+    wanted = writable(device, w[:, None])
+    done = analog.program(write_key, device, chip.xbars.readout, wanted, cfg.tprog)
+    return network.read_readout(read_key, device, done.xbar, cfg.ttest)
+
+
 def regression(key, meta, cfg, device):
     """Squared errors of readouts of a chip that were found by regression on its noisy
     traces, [RIDGES]: as computed, and as written to the chip and read; and of the best
     readout for all inputs."""
-    chip_key, trial_key, look_key, write_key, read_key, query_key = jax.random.split(
-        key, 6
-    )
-    chip = deployed(chip_key, meta, cfg, device)
-    trial = train.draw_trial(trial_key, cfg)
-    looks = train.look_at(
-        look_key, cfg, device, chip, train.times_of_test(cfg, cfg.tread)
-    )
+    chip_key, look_key, query_key, write_key = jax.random.split(key, 4)
+    chip, trial = new_chip(chip_key, meta, cfg, device)
+    times = train.times_of_test(cfg, cfg.tread)
+    looks = train.look_at(look_key, cfg, device, chip, times)
     second, first = quadratic(looks.moments[0], trial.support)
-    query = moments_at(query_key, cfg, device, chip, cfg.ttest)
+    query = moments_at(query_key, cfg, device, chip, times.query)
     eye = jnp.eye(len(first))
+    error = functools.partial(train.squared_error, query, trial.query)
 
     def fit(ridge):
         w = jnp.linalg.solve(second + ridge * eye, first + ridge * looks.readout)
-        wanted = writable(device, w[:, None])
-        done = analog.program(write_key, device, chip.xbars.readout, wanted, cfg.tprog)
-        written = network.read_readout(read_key, device, done.xbar, cfg.ttest)
-        return {
-            "ridge regression": train.squared_error(query, trial.query, w),
-            "ridge regression, written": train.squared_error(
-                query, trial.query, written
-            ),
-        }
+        on_chip = written(write_key, cfg, device, chip, w)
+        return {"ridge regression": error(w), "ridge, written": error(on_chip)}
 
     best = jnp.linalg.solve(query.second[0] + 1e-5 * eye, trial.query.y @ query.first)
-    best = train.squared_error(query, trial.query, best)
-    return {
-        **jax.lax.map(fit, jnp.array(RIDGES)),
-        "best readout of all inputs": best[None],
-    }
+    found = jax.lax.map(fit, jnp.array(RIDGES))
+    return {**found, "best readout of all inputs": error(best)[None]}
 
 
 def show_best(label, errors):
@@ -296,7 +293,7 @@ def chip_errors(n, run, device):
         "50th task": used[:, -1],
         "1 % stuck": faulty[:, -1],
     }
-    return errors, tested(regression, n, run, device)["ridge regression, written"]
+    return errors, tested(regression, n, run, device)["ridge, written"]
 
 
 def chips(n, run):
@@ -332,45 +329,9 @@ def compare(n, *runs):
 # ---- drift ---------------------------------------------------------------------------------------
 
 
-def aged(key, meta, cfg, device):
-    """Squared errors [ages] of one chip by what was done, times in seconds since
-    deployment."""
-    chip_key, first_key, second_key, learn_key, scale_key, ages_key = jax.random.split(
-        key, 6
-    )
-    chip = deployed(chip_key, meta, cfg, device)
-    first = train.draw_trial(first_key, cfg)
-    second = train.draw_trial(second_key, cfg)
-    times = train.times_of_test(cfg, cfg.tread)
-    readouts, _ = learn(learn_key, meta, cfg, device, chip, first, times)
-    readout = readouts[-1]
-    seen = analog.read(scale_key, device, readout, times.pulses[-1] + device.t0)
-
-    def at(inputs):
-        key, age = inputs
-        kept_key, fresh_key, program_key, again_key = jax.random.split(key, 4)
-        times = train.times_of_test(cfg, age)
-        target = meta.g.readout
-        new = analog.program(
-            program_key, device, readout, target, times.reads[0] - AHEAD
-        )
-        restored = with_readout(chip, new.xbar)
-        fresh = learn_and_test(fresh_key, meta, cfg, device, chip, first, times)
-        again = learn_and_test(again_key, meta, cfg, device, restored, second, times)
-        return {
-            **kept(
-                kept_key, cfg, device, chip, readout, jnp.sum(seen), first, times.query
-            ),
-            "first adapted at that age": fresh[-1],
-            "second task at that age, restored before": again[-1],
-        }
-
-    return jax.lax.map(at, (jax.random.split(ages_key, len(AGES)), jnp.array(AGES)))
-
-
 def kept(key, cfg, device, chip, readout, reference, trial, t):
     """Squared errors at time t (s) of a readout that was adapted long before, by
-    compensation."""
+    compensation; reference is its Σ G (µS) soon after."""
     hidden_key, readout_key = jax.random.split(key)
     g = analog.read(readout_key, device, readout, t)
     w = analog.weights(device, g)[:, 0]
@@ -382,6 +343,39 @@ def kept(key, cfg, device, chip, readout, reference, trial, t):
     scaled = w * reference / jnp.sum(g)
     error = train.squared_error(moments, trial.query, scaled)
     return {**found, "adapted once, all layers compensated": error}
+
+
+def aged(key, meta, cfg, device):
+    """Squared errors [ages] of one chip by what was done, times in seconds since
+    deployment."""
+    chip_key, trial_key, learn_key, scale_key, ages_key = jax.random.split(key, 5)
+    chip, first = new_chip(chip_key, meta, cfg, device)
+    second = train.draw_trial(trial_key, cfg)
+    times = train.times_of_test(cfg, cfg.tread)
+    (*_, readout), _ = learn(learn_key, meta, cfg, device, chip, first, times)
+    seen = analog.read(scale_key, device, readout, times.pulses[-1] + device.t0)
+
+    def at(inputs):
+        key, age = inputs
+        kept_key, fresh_key, program_key, again_key = jax.random.split(key, 4)
+        times = train.times_of_test(cfg, age)
+        before = times.reads[0] - AHEAD
+        new = analog.program(program_key, device, readout, meta.g.readout, before)
+
+        def learned(key, chip, trial):
+            return learn_and_test(key, meta, cfg, device, chip, trial, times)[-1]
+
+        errors = kept(
+            kept_key, cfg, device, chip, readout, jnp.sum(seen), first, times.query
+        )
+        again = learned(again_key, with_readout(chip, new.xbar), second)
+        return {
+            **errors,
+            "first adapted at that age": learned(fresh_key, chip, first),
+            "second task at that age, restored before": again,
+        }
+
+    return jax.lax.map(at, (jax.random.split(ages_key, len(AGES)), jnp.array(AGES)))
 
 
 def drift(n, run):
@@ -458,9 +452,8 @@ def moves(key, meta, cfg, device):
     """|ΔW| of one adaptation's pulses [H], 0 where there was none, and of 100 steps of
     gradient descent at half of the largest stable rate and of Adam at 10⁻³ on the same
     task, [100, H]."""
-    chip_key, trial_key, learn_key, look_key = jax.random.split(key, 4)
-    chip = deployed(chip_key, meta, cfg, device)
-    trial = train.draw_trial(trial_key, cfg)
+    chip_key, learn_key, look_key = jax.random.split(key, 3)
+    chip, trial = new_chip(chip_key, meta, cfg, device)
     times = train.times_of_test(cfg, cfg.tread)
     readouts, pulses = learn(learn_key, meta, cfg, device, chip, trial, times)
     moved = analog.weights(device, readouts[-1].g - readouts[0].g)[:, 0]

@@ -254,6 +254,10 @@ def test_what_a_run_lacks_is_refused_by_name(quick, capsys):
         with pytest.raises(SystemExit):
             train.load("mine")
         assert field.name in capsys.readouterr().err
+    config.write_text(good.replace('"n_h0": 5', '"n_h0": 6'))
+    with pytest.raises(SystemExit):
+        train.load("mine")
+    assert "other code: cannot reshape" in capsys.readouterr().err
     config.write_text(good)
     for name in found.keys() - {"theta"}:
         np.savez(checkpoint, **{key: x for key, x in found.items() if key != name})
