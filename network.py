@@ -235,7 +235,7 @@ def start(key, device, sizes):
         w.append(jnp.concatenate([inner, bias]))
     hidden = tuple(analog.conductances(device, w) for w in w)
     lowest = device.g_min + READOUT_START * analog.span(device)
-    readout = jnp.full((2, sizes[-1], 1), lowest)
+    readout = jnp.full((2, sizes[-1], 1), lowest, float)
     return Network(hidden, readout)
 
 

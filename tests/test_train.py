@@ -283,7 +283,7 @@ def test_ages_of_meta_training_are_log_uniform(monkeypatch):
     for key in jax.random.split(KEY, 400):
         with pytest.raises(StopIteration):
             train.meta_loss(key, None, cfg, devices[0], 1)
-    share = np.sort(np.log(np.array(ages) / 100) / np.log(10_000))
+    share = np.sort(np.log(np.array(ages) / 100) / np.log(1000))
     assert 0 <= share[0] and share[-1] <= 1
     uniform = np.linspace(0, 1, 400)
     assert (
@@ -467,6 +467,13 @@ def learned():
         train.episode, cfg, devices[0], 64, train.stream(cfg, 2), state.meta
     )
     return cfg, devices, state, chunks, episodes
+
+
+def test_the_start_has_the_types_of_later_states():
+    """Else XLA compiles for the first chunk, and again for the second."""
+    cfg, devices, state, _, _ = learned()
+    first, later = (jax.tree.map(jax.typeof, x) for x in (start(cfg, devices), state))
+    assert first == later
 
 
 def test_a_short_run_learns():
