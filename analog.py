@@ -51,14 +51,11 @@ class Nandakumar(NamedTuple):
     nu_std: float  # its spread between devices
     read_slope: float  # std of read noise, per µS of G(t)
     read_offset: float  # µS, std of read noise at G = 0
+    redraws_nu = False  # whether a pulse draws a device's ν anew
 
     def nu_law(self, r):
         """Mean and std of ν of devices programmed to the share r of g_max."""
         return self.nu_mean, self.nu_std
-
-    def nu_after_pulse(self, nu, fresh):
-        """ν of a pulsed device that had nu, where fresh is a new draw."""
-        return nu
 
     def clock(self, age, t0):
         """The base of the power law of drift."""
@@ -88,6 +85,7 @@ class Ibm(NamedTuple):
     read_power: float  # how fast that share grows towards small r
     read_cap: float  # its upper limit
     t_read: float  # s, duration of a read
+    redraws_nu = True
 
     def nu_law(self, r):
         log_r = jnp.log(jnp.maximum(r, MIN_SHARE))
@@ -100,9 +98,6 @@ class Ibm(NamedTuple):
             self.nu_std_high,
         )
         return mean, std
-
-    def nu_after_pulse(self, nu, fresh):
-        return fresh
 
     def clock(self, age, t0):
         return (age + t0) / t0
@@ -120,11 +115,10 @@ class Ibm(NamedTuple):
 class Ideal(NamedTuple):
     """No drift, no noise, no programming error."""
 
+    redraws_nu = False
+
     def nu_law(self, r):
         return 0.0, 0.0
-
-    def nu_after_pulse(self, nu, fresh):
-        return nu
 
     def clock(self, age, t0):
         return jnp.ones_like(age)
@@ -198,15 +192,15 @@ PCM = Device(
     t0=38.6,
 )
 
-# The same cells with the memory of earlier pulses that the paper fits (its Table I).
-PCM_HISTORY = PCM._replace(
-    name="pcm_history",
-    set_offset=0.880,
-    set_history=1.40,
-    set_std_slope=0.091,
-    set_std_offset=0.260,
-    set_std_history=2.15,
-)
+# The memory of earlier pulses that the paper fits to the same cells (its Table I).
+HISTORY = {
+    "set_offset": 0.880,
+    "set_history": 1.40,
+    "set_std_slope": 0.091,
+    "set_std_offset": 0.260,
+    "set_std_history": 2.15,
+}
+PCM_HISTORY = PCM._replace(name="pcm_history", **HISTORY)
 
 # aihwkit, PCMLikeNoiseModel, its 25 µS scaled to g_max. It has no pulses of its own, so these are
 # PCM's.
@@ -234,9 +228,7 @@ IBM = PCM._replace(
     ),
 )
 
-IBM_HISTORY = PCM_HISTORY._replace(
-    name="ibm_history", law=IBM.law, g_min=IBM.g_min, g_prog=IBM.g_prog, t0=IBM.t0
-)
+IBM_HISTORY = IBM._replace(name="ibm_history", **HISTORY)
 
 # Every pulse adds 0.75 µS = g_max/2⁴.
 PERF = PCM._replace(
@@ -256,12 +248,16 @@ DEVICES = {device.name: device for device in (PCM, PCM_HISTORY, IBM, IBM_HISTORY
 # ---- devices of one's own ------------------------------------------------------------------------
 
 # The lowest value of a constant, where it is not 0. A g_max below 10⁻³ must be in siemens.
-LOWEST = {"g_max": 1e-3, "history_decay": 1e-3, "t0": 1e-9, "t_read": 1e-12}
 ANY_SIGN = (
     "set_slope set_offset set_history prog_1 prog_2 "
     "nu_slope nu_offset nu_std_slope nu_std_offset"
 )
-LOWEST |= dict.fromkeys(ANY_SIGN.split(), -math.inf)
+LOWEST = dict.fromkeys(ANY_SIGN.split(), -math.inf) | {
+    "g_max": 1e-3,
+    "history_decay": 1e-3,
+    "t0": 1e-9,
+    "t_read": 1e-12,
+}
 
 
 def describe(device):
@@ -273,56 +269,43 @@ def describe(device):
 def make(constants):
     """Device of a flat dictionary of constants; ValueError names the first key that is
     wrong."""
-    numbers = {"law": "nandakumar", **Device._field_defaults, **constants}
-    numbers.pop("comment", None)
-    name, law = numbers.pop("name", None), FAMILIES.get(str(numbers.pop("law")))
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(
-            f"key name must be a word of letters, digits and _, not {name!r}"
-        )
+    given = {"name": "", "law": "nandakumar", **Device._field_defaults, **constants}
+    given.pop("comment", None)
+    name, law = str(given.pop("name")), FAMILIES.get(str(given.pop("law")))
+    if not name.isidentifier():
+        raise ValueError(f"key name must be a word of letters, digits and _: {name!r}")
     if law is None:
         raise ValueError(f"key law must be one of {', '.join(FAMILIES)}")
     known = {*Device._fields, *law._fields} - {"name", "law"}
-    for key in sorted(known ^ numbers.keys()):
+    for key in sorted(known ^ given.keys()):
         raise ValueError(f"key {key} is {'missing' if key in known else 'unknown'}")
-    for key, value in numbers.items():
-        check_number(key, value)
-    device = Device(name, law(*map(numbers.pop, law._fields)), **numbers)
+    for key, x in given.items():
+        low = LOWEST.get(key, 0)
+        if type(x) not in (int, float) or not low <= x < math.inf:
+            raise ValueError(f"key {key} must be a number from {low} (G in µS): {x!r}")
+    device = Device(name, law(*map(given.pop, law._fields)), **given)
     check_range(device)
     return device
 
 
-def check_number(key, value):
-    """ValueError where the value of a constant is no number, or too low."""
-    lowest = LOWEST.get(key, 0)
-    if type(value) not in (int, float) or not lowest <= value < math.inf:
-        raise ValueError(
-            f"key {key} must be a number of at least {lowest} (G is in µS), not {value!r}"
-        )
-
-
 def check_range(device):
     """ValueError where the constants of a device contradict each other."""
-    if device.g_min >= device.g_max:
-        raise ValueError(
-            f"key g_min ({device.g_min}) must be below g_max ({device.g_max})"
-        )
-    for key in ("g_prog", "reset_mean"):
-        if not device.g_min <= getattr(device, key) <= device.g_max:
-            raise ValueError(
-                f"key {key} must be from g_min to g_max ({device.g_min} to {device.g_max})"
-            )
+    if not device.g_min < device.g_prog <= device.g_max:
+        raise ValueError("key g_prog must be above g_min, and at most g_max")
+    if not device.g_min <= device.reset_mean <= device.g_max:
+        raise ValueError("key reset_mean must be from g_min to g_max")
     if device.stuck_low + device.stuck_high > 1:
         raise ValueError("keys stuck_low and stuck_high must not sum above 1")
 
 
 def unique(pairs):
     """The dictionary of a JSON object's pairs; ValueError names a key that stands twice."""
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
+    found = {}
+    for key, value in pairs:
+        if key in found:
             raise ValueError(f"key {key} stands twice")
-    return dict(pairs)
+        found[key] = value
+    return found
 
 
 def load_device(name):
@@ -334,10 +317,8 @@ def load_device(name):
         text = Path(name).read_text(encoding="utf-8")
         device = make(json.loads(text, object_pairs_hook=unique))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-        known = ", ".join(DEVICES)
-        raise ValueError(
-            f"{name} is neither one of {known} nor a JSON object of constants ({error})"
-        ) from None
+        what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
+        raise ValueError(f"{name} is {what} ({error})") from None
     if device.name in DEVICES:
         raise ValueError(f"key name ({device.name}) is that of a built-in device")
     return device
@@ -394,12 +375,7 @@ def staircase(device, n_pulses):
 def history(device, g):
     """P of devices at g (µS): that of the number of pulses that lead from RESET to g on
     average."""
-    g_steps, p_steps = staircase(device, 64)
-    return jnp.interp(
-        jax.lax.stop_gradient(g),
-        jnp.asarray(g_steps, g.dtype),
-        jnp.asarray(p_steps, g.dtype),
-    )
+    return jnp.interp(jax.lax.stop_gradient(g), *staircase(device, 64))
 
 
 def draw_nu(key, device, g):
@@ -459,7 +435,7 @@ def set_pulse(key, device, xbar, amount, t):
         xbar.g + set_mean(device, xbar.g, p) + noise, device.g_min, device.g_max
     )
     g = xbar.g + amount * (full - xbar.g)
-    nu = device.law.nu_after_pulse(xbar.nu, draw_nu(nu_key, device, g))
+    nu = draw_nu(nu_key, device, g) if device.law.redraws_nu else xbar.nu
     return changed(xbar, amount > 0, t_prog=t, nu=nu, p=p)._replace(g=g)
 
 
@@ -469,7 +445,7 @@ def reset(key, device, xbar, mask, t):
     noise_key, nu_key = jax.random.split(key)
     noise = device.reset_std * jax.random.normal(noise_key, xbar.g.shape)
     g = jnp.clip(device.reset_mean + noise, device.g_min, device.g_max)
-    nu = device.law.nu_after_pulse(xbar.nu, draw_nu(nu_key, device, g))
+    nu = draw_nu(nu_key, device, g) if device.law.redraws_nu else xbar.nu
     return changed(xbar, mask, g=g, t_prog=t, nu=nu, p=1.0)
 
 
@@ -568,25 +544,15 @@ def program_by_pulses(key, device, xbar, target, t):
     return jax.lax.while_loop(goes_on, step_on, (0, start, every))[1]
 
 
-def program_as_published(key, device, xbar, target, t):
-    """Programmed with the error that the family's source states for its whole procedure,
-    whose pulses are not known and not counted."""
+def program(key, device, xbar, target, t=0.0):
+    """Programmed to target [2, rows, cols] in µS at time t (s): by pulses, or with the
+    error that the family's source states for its whole procedure, whose pulses are not
+    known and not counted."""
+    if not hasattr(device.law, "prog_std"):
+        return program_by_pulses(key, device, xbar, target, t)
     error_std = device.g_max * device.law.prog_std(target / device.g_max)
     none = jnp.zeros(target.shape, int)
     return Programmed(place(key, device, xbar, target, error_std, t), none, none, none)
-
-
-PROGRAM = {
-    Nandakumar: program_by_pulses,
-    Ibm: program_as_published,
-    Ideal: program_as_published,
-}
-
-
-def program(key, device, xbar, target, t=0.0):
-    """Programmed to target [2, rows, cols] in µS at time t (s), as the device's family
-    is."""
-    return PROGRAM[type(device.law)](key, device, xbar, target, t)
 
 
 def deploy(key, device, target):

@@ -57,13 +57,6 @@ class Dynamics(NamedTuple):
     gain: float  # what one spike adds to its trace
 
 
-class Activity(NamedTuple):
-    """One presentation of each of L inputs."""
-
-    trace: jax.Array  # [T, L, H], e of the last layer
-    rates: tuple  # Hz, mean over time, inputs and neurons of each layer
-
-
 # ---- neurons: step and adjoint belong together; after a change run tests/test_network.py ---------
 
 
@@ -98,29 +91,29 @@ def lif_adjoint(alpha, later, inputs):
     return alpha * later + through_spike
 
 
-def over_time(step, rest, inputs, reverse=False):
-    """The states [T, ...] of a recursion step(state, inputs at t) from rest. An accelerator
-    starts ten time steps at a time, which makes it six times as fast."""
+def over_time(step, inputs, reverse=False):
+    """The states [T, ...] of a recursion step(state, inputs at t) from rest, that is 0. An
+    accelerator starts ten time steps at a time, which makes it six times as fast."""
 
     def both(state, now):
         state = step(state, now)
         return state, state
 
+    rest = jnp.zeros_like(jax.tree.leaves(inputs)[0][0])
     unroll = 1 if jax.default_backend() == "cpu" else 10
     return jax.lax.scan(both, rest, inputs, reverse=reverse, unroll=unroll)[1]
 
 
 def potentials(alpha, drive):
     """Membrane potentials [T, ...] of neurons from rest under drive [T, ...]."""
-    step = partial(lif_step, alpha)
-    return over_time(step, jnp.zeros_like(drive[0]), drive)
+    return over_time(partial(lif_step, alpha), drive)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def lif(alpha, drive):
     """Spikes [T, ...] of neurons from rest under drive [T, ...]. Its derivative keeps the
     potentials alone and runs the adjoint backwards in time."""
-    return spike(potentials(alpha, drive) - THRESHOLD)
+    return lif_forward(alpha, drive)[0]
 
 
 def lif_forward(alpha, drive):
@@ -129,8 +122,7 @@ def lif_forward(alpha, drive):
 
 
 def lif_backward(alpha, v, z_bar):
-    step = partial(lif_adjoint, alpha)
-    return (over_time(step, jnp.zeros_like(v[0]), (v, z_bar), reverse=True),)
+    return (over_time(partial(lif_adjoint, alpha), (v, z_bar), reverse=True),)
 
 
 lif.defvjp(lif_forward, lif_backward)
@@ -142,7 +134,7 @@ def trace(dynamics, z):
     def step(e, z):
         return dynamics.kappa * e + dynamics.gain * z
 
-    return over_time(step, jnp.zeros_like(z[0]), z)
+    return over_time(step, z)
 
 
 # ---- network -------------------------------------------------------------------------------------
@@ -164,8 +156,9 @@ def level_centres(n_bits):
 
 
 def simulate(dynamics, hidden, u):
-    """Activity of the network with hidden weights, a tuple of [inputs + 1, neurons], for
-    each of the inputs u [L]."""
+    """Traces [T, L, H] of the last layer of the network with hidden weights, a tuple of
+    [inputs + 1, neurons], for each of the inputs u [L]; and the mean rate (Hz) of each
+    layer, [layers]."""
     signal = jnp.tile(u, N_STEPS)[:, None]  # [T·L, inputs]
     rates = []
     for alpha, w in zip(dynamics.alpha, hidden, strict=True):
@@ -174,47 +167,34 @@ def simulate(dynamics, hidden, u):
         signal = spikes.reshape(drive.shape)
         rates.append(jnp.mean(spikes) / DT)
     e = trace(dynamics, spikes)
-    return Activity(e.reshape(N_STEPS, len(u), -1), tuple(rates))
+    return e.reshape(N_STEPS, len(u), -1), jnp.stack(rates)
 
 
-def each(function, key, network):
-    """function(key, x) of the x of every crossbar, with a key of its own: a structure like
-    network."""
-    leaves, structure = jax.tree.flatten(
-        network, is_leaf=lambda x: isinstance(x, analog.Crossbar)
-    )
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        structure, [function(key, x) for key, x in zip(keys, leaves, strict=True)]
-    )
+def each(function, key, device, xs, *rest):
+    """[function(key, device, x, *rest)] of every x, each with a key of its own."""
+    keys = jax.random.split(key, len(xs))
+    return [function(key, device, x, *rest) for key, x in zip(keys, xs, strict=True)]
 
 
 def assemble(key, device, make, g):
     """Chip of the conductances g (µS), a Network of [2, rows, cols], each crossbar made by
-    make(key, conductances)."""
+    make(key, device, conductances)."""
     make_key, read_key = jax.random.split(key)
-    xbars = each(make, make_key, g)
-    reference = each(
-        lambda key, xbar: jnp.sum(analog.read(key, device, xbar, device.t0)),
-        read_key,
-        xbars.hidden,
-    )
-    return Chip(xbars, reference)
+    *hidden, readout = each(make, make_key, device, [*g.hidden, g.readout])
+    reads = each(analog.read, read_key, device, hidden, device.t0)
+    return Chip(Network(tuple(hidden), readout), tuple(map(jnp.sum, reads)))
 
 
 def read_hidden(key, device, chip, t, compensate):
     """Weights of the hidden crossbars from one read at time t (s), scaled back by their
     references if compensate."""
-    g = each(
-        lambda key, xbar: analog.read(key, device, xbar, t), key, chip.xbars.hidden
-    )
-    w = [analog.weights(device, g) for g in g]
-    if compensate:
-        w = [
-            w * reference / jnp.sum(g)
-            for w, reference, g in zip(w, chip.reference, g, strict=True)
-        ]
-    return tuple(w)
+
+    def weights(g, reference):
+        w = analog.weights(device, g)
+        return w * reference / jnp.sum(g) if compensate else w
+
+    reads = each(analog.read, key, device, chip.xbars.hidden, t)
+    return tuple(map(weights, reads, chip.reference))
 
 
 def read_readout(key, device, readout, t):
@@ -226,9 +206,9 @@ def read_readout(key, device, readout, t):
 def start(key, device, sizes):
     """Conductances (µS), a Network, at the start of meta-training; sizes are the neurons of
     each hidden layer."""
-    keys = jax.random.split(key, len(sizes))
-    w = [jax.random.uniform(keys[0], (2, sizes[0]), minval=-1.0, maxval=1.0)]
-    for key, n_in, n_out in zip(keys[1:], sizes[:-1], sizes[1:], strict=True):
+    first, *keys = jax.random.split(key, len(sizes))
+    w = [jax.random.uniform(first, (2, sizes[0]), minval=-1.0, maxval=1.0)]
+    for key, n_in, n_out in zip(keys, sizes[:-1], sizes[1:], strict=True):
         bound = (6 / (n_in + n_out)) ** 0.5
         inner = jax.random.uniform(key, (n_in, n_out), minval=-bound, maxval=bound)
         bias = jnp.zeros((1, n_out))

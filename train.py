@@ -19,10 +19,8 @@ levels alike it is the loss of the query.
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -37,7 +35,8 @@ import time
 import urllib.parse
 import uuid
 import warnings
-from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -189,31 +188,24 @@ PRESETS = {
 
 
 class Sinusoid(NamedTuple):
-    """The function A sin(x + φ)."""
+    """The function A sin(x + φ), A ~ U[0.1, 5] and φ ~ U[0, π]."""
 
     amplitude: jax.Array  # A
     phase: jax.Array  # φ
 
+    @staticmethod
+    def draw(key):
+        """A task."""
+        low, high = np.array([0.1, 0.0]), np.array([5.0, np.pi])
+        return Sinusoid(*jax.random.uniform(key, (2,), minval=low, maxval=high))
 
-def draw_sinusoid(key):
-    """Sinusoid with A ~ U[0.1, 5] and φ ~ U[0, π]."""
-    low, high = np.array([0.1, 0.0]), np.array([5.0, np.pi])
-    return Sinusoid(*jax.random.uniform(key, (2,), minval=low, maxval=high))
-
-
-def sinusoid(task, x):
-    """Targets of the task at inputs x, of x's shape."""
-    return task.amplitude * jnp.sin(x + task.phase)
-
-
-class Family(NamedTuple):
-    """A family of tasks: any function of one input that can be drawn."""
-
-    draw: Callable  # key → task, a pytree
-    target: Callable  # task, inputs x → targets, of x's shape
+    def target(self, x):
+        """Targets at inputs x, of x's shape."""
+        return self.amplitude * jnp.sin(x + self.phase)
 
 
-TASKS = {"sinusoids": Family(draw_sinusoid, sinusoid)}
+# Families of tasks: any function of one input that can be drawn.
+TASKS = {"sinusoids": Sinusoid}
 
 
 class Samples(NamedTuple):
@@ -245,7 +237,7 @@ def samples_of_range(cfg, task):
     """Samples of a task over the whole input range: several in each level's cell, so that
     the converter's own error counts."""
     x = network.level_centres(max(cfg.dac_bits + 1, 8))
-    y = TASKS[cfg.tasks].target(task, x).reshape(2**cfg.dac_bits, -1)
+    y = task.target(x).reshape(2**cfg.dac_bits, -1)
     return Samples(jnp.ones(1), jnp.mean(y, 1) / len(y), jnp.mean(y**2))
 
 
@@ -255,7 +247,7 @@ def draw_trial(key, cfg):
     task = TASKS[cfg.tasks].draw(task_key)
     low, high = network.X_RANGE
     x = jax.random.uniform(x_key, (cfg.task_size,), minval=low, maxval=high)
-    y = TASKS[cfg.tasks].target(task, x)
+    y = task.target(x)
     return Trial(x, y, samples_of(cfg, x, y), samples_of_range(cfg, task))
 
 
@@ -263,7 +255,8 @@ def draw_trial(key, cfg):
 
 
 class Moments(NamedTuple):
-    """Means over time of the traces of one read."""
+    """Means over time of the traces of one read. The query counts all levels alike, so that
+    its S is averaged over them once for all tasks: [1, H, H], with a share of [1]."""
 
     second: jax.Array  # [L, H, H], of e eᵀ; [1, H, H] where averaged over the levels
     first: jax.Array  # [L, H], of e
@@ -315,7 +308,6 @@ def squared_error(moments, samples, w):
 # ---- parallelism: chips over cores, accelerators and hosts; levels over those that share a chip --
 
 P = jax.sharding.PartitionSpec
-AUTO = jax.sharding.AxisType.Auto
 BATCH = 64  # chips or looks that an accelerator takes at a time
 
 
@@ -349,12 +341,8 @@ def on_chips(f, keys, meta):
 
     n_chips = math.gcd(len(keys), jax.device_count())
     n_parts = 2 ** int(math.log2(jax.device_count() // n_chips))
-    mesh = jax.make_mesh(
-        (n_chips, n_parts),
-        ("chips", "levels"),
-        axis_types=(AUTO, AUTO),
-        devices=jax.devices()[: n_chips * n_parts],
-    )
+    used = np.array(jax.devices()[: n_chips * n_parts])
+    mesh = jax.sharding.Mesh(used.reshape(n_chips, n_parts), ("chips", "levels"))
     stacked = jax.shard_map(
         here,
         mesh=mesh,
@@ -388,8 +376,8 @@ def observe(measure, key, cfg, device, chip, t):
     the rates (Hz) of the layers."""
 
     def simulate(w, u):
-        active = network.simulate(dynamics_of(cfg), w, u)
-        return measure(active.trace), jnp.stack(active.rates)[None]
+        e, rates = network.simulate(dynamics_of(cfg), w, u)
+        return measure(e), rates[None]
 
     w = network.read_hidden(key, device, chip, t, cfg.compensate)
     measured, rates = on_levels(simulate, w, network.level_centres(cfg.dac_bits))
@@ -417,7 +405,7 @@ def times_of(cfg, age, wait):
     """Times of an adaptation that starts at age (s), with the query wait (s) after its
     first pulse."""
     pulses = age + (cfg.tprog - cfg.tread) + jnp.arange(float(cfg.n_inner))
-    reads = pulses.at[0].set(age)
+    reads = pulses.at[0].set(age)  # further looks read and pulse at once
     return Times(reads, pulses, pulses[0] + wait)
 
 
@@ -464,8 +452,7 @@ def look_at(key, cfg, device, chip, times):
 
     def look(inputs):
         key, t = inputs
-        moments, _ = observe(moments_by_level, key, cfg, device, chip, t)
-        return moments
+        return observe(moments_by_level, key, cfg, device, chip, t)[0]
 
     keys = jax.random.split(hidden_key, len(times.reads))
     stacked = in_turn(look, (keys, times.reads))
@@ -508,15 +495,12 @@ class Met(NamedTuple):
 
 
 def meet(measure, key, meta, cfg, device, make, times, n_tasks):
-    """Met of a new chip, its crossbars made by make(key, conductances), and n_tasks new
-    tasks; measure says what is taken from the traces of the query."""
+    """Met of a new chip, its crossbars made by make(key, device, conductances), and n_tasks
+    new tasks; measure says what is taken from the traces of the query."""
     chip_key, look_key, query_key, tasks_key = jax.random.split(key, 4)
     chip = network.assemble(chip_key, device, make, meta.g)
     looks = look_at(look_key, cfg, device, chip, times)
     query = observe(measure, query_key, cfg, device, chip, times.query)
-
-    def read(key, readout):
-        return network.read_readout(key, device, readout, times.query)
 
     def task(key):
         trial_key, adapt_key, read_key = jax.random.split(key, 3)
@@ -524,7 +508,9 @@ def meet(measure, key, meta, cfg, device, make, times, n_tasks):
         readouts, pulses = adapt(
             adapt_key, meta, cfg, device, chip, looks, trial.support, times
         )
-        return trial, readouts, pulses, network.each(read, read_key, readouts)
+        read = network.read_readout
+        w = network.each(read, read_key, device, readouts, times.query)
+        return trial, readouts, pulses, w
 
     return Met(*query, *jax.vmap(task)(jax.random.split(tasks_key, n_tasks)))
 
@@ -547,18 +533,14 @@ class State(NamedTuple):
     memory: dict  # of the optimizer, trees like meta by name
 
 
-def injected(cfg, device):
-    """How meta-training makes a crossbar: with the error that programming leaves, as a
-    normal draw."""
-
-    def make(key, g):
-        if cfg.off_noise is None:
-            error_std = analog.error_of_programming(device, g)
-        else:
-            error_std = cfg.off_noise * jnp.max(g)
-        return analog.fabricate(key, device, g, error_std)
-
-    return make
+def injected(cfg, key, device, g):
+    """Crossbar of conductances g (µS) as meta-training makes it: with the error that
+    programming leaves, as a normal draw."""
+    if cfg.off_noise is None:
+        error_std = analog.error_of_programming(device, g)
+    else:
+        error_std = cfg.off_noise * jnp.max(g)
+    return analog.fabricate(key, device, g, error_std)
 
 
 def meta_loss(key, meta, cfg, device, n_tasks):
@@ -570,7 +552,7 @@ def meta_loss(key, meta, cfg, device, n_tasks):
     # One read of the hidden crossbars serves all looks: their reads differ in noise and in
     # seconds of drift, and six looks take half the time.
     times = times._replace(reads=times.reads[:1])
-    make = injected(cfg, device)
+    make = partial(injected, cfg)
     met = meet(moments_of_range, meet_key, meta, cfg, device, make, times, n_tasks)
     query = pooled(met.measured)
     loss = jnp.mean(
@@ -631,13 +613,14 @@ def project(devices, meta):
     return meta._replace(g=jax.tree.map(lambda g: jnp.clip(g, low, high), meta.g))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def start(key, cfg, devices):
+@jax.jit(static_argnums=(0, 1))
+def start(cfg, devices):
     """State before training."""
     sizes = sizes_of(cfg)
     shape = cfg.n_inner, 1 if cfg.shared_thr else sizes[-1]
     log_theta = jnp.full(shape, math.log(cfg.grad_thr), float)
-    meta = project(devices, Meta(network.start(key, devices[0], sizes), log_theta))
+    g = network.start(stream(cfg, 0), devices[0], sizes)
+    meta = project(devices, Meta(g, log_theta))
     memory, _ = OPTIMIZERS[cfg.optimizer]
     return State(meta, memory(meta))
 
@@ -649,7 +632,7 @@ def gradient_of(cfg, devices, meta, key):
     for device, device_key in zip(
         devices, jax.random.split(key, len(devices)), strict=True
     ):
-        loss = functools.partial(
+        loss = partial(
             meta_loss, cfg=cfg, device=device, n_tasks=cfg.batch_train // len(devices)
         )
         chip_keys = jax.random.split(device_key, cfg.n_chips)
@@ -657,7 +640,7 @@ def gradient_of(cfg, devices, meta, key):
     return jax.tree.map(lambda *x: jnp.mean(jnp.concatenate(x), 0), *found)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jax.jit(static_argnums=(0, 1))
 def train_chunk(cfg, devices, state, key, steps):
     """State after the meta-iterations steps [n], and means of what was measured in them."""
     _, update = OPTIMIZERS[cfg.optimizer]
@@ -702,11 +685,6 @@ class Episode(NamedTuple):
     curves: jax.Array
 
 
-def programmed(cfg, device):
-    """How the meta-test makes a crossbar: as the device is programmed."""
-    return lambda key, g: analog.deploy(key, device, g)
-
-
 def changes(device, readouts, pulses):
     """What an adaptation did to the readout, by the names of MEASURED."""
     fired = sum(pulses)
@@ -720,15 +698,14 @@ def changes(device, readouts, pulses):
     }
 
 
-def episode(key, meta, cfg, device, made=programmed):
-    """Episode of a task that a new chip, its crossbars made as by made(cfg, device), meets
-    at tread."""
+def episode(key, meta, cfg, device, make=analog.deploy):
+    """Episode of a task that a new chip, its crossbars made by make, meets at tread."""
 
     def measure(e):
         return moments_of_range(e), moments_of_range(e[-1:])
 
     times = times_of_test(cfg, cfg.tread)
-    met = meet(measure, key, meta, cfg, device, made(cfg, device), times, 1)
+    met = meet(measure, key, meta, cfg, device, make, times, 1)
     every, last = map(pooled, met.measured)
     trial, readouts, pulses, w = jax.tree.map(lambda x: x[0], met[2:])
     error = jax.vmap(squared_error, (None, None, 0))
@@ -747,13 +724,13 @@ def episode(key, meta, cfg, device, made=programmed):
 def quick_episode(key, meta, cfg, device):
     """Episode on a chip made as in meta-training: to program one takes longer than all the
     rest."""
-    return episode(key, meta, cfg, device, injected)
+    return episode(key, meta, cfg, device, partial(injected, cfg))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@jax.jit(static_argnums=(0, 1, 2, 3))
 def test(experiment, cfg, device, n, key, meta):
     """experiment(key, meta, cfg, device) of n chips, arrays [n, ...]."""
-    one = functools.partial(experiment, cfg=cfg, device=device)
+    one = partial(experiment, cfg=cfg, device=device)
     return on_chips(one, jax.random.split(key, n), meta)
 
 
@@ -770,7 +747,7 @@ def yardsticks(cfg):
     """Squared errors of predicting 0 and of the best function that ignores the task, over
     2¹⁴ tasks."""
     tasks = jax.vmap(TASKS[cfg.tasks].draw)(jax.random.split(jax.random.key(0), 2**14))
-    samples = jax.vmap(functools.partial(samples_of_range, cfg))(tasks)
+    samples = jax.vmap(partial(samples_of_range, cfg))(tasks)
     zero = float(jnp.mean(samples.y2))
     best = 2**cfg.dac_bits * jnp.mean(samples.y, 0)
     gain = float(jnp.mean(best**2))
@@ -789,7 +766,7 @@ def stop(message, status=2):
 def say(text):
     """Print a line, even where its reader is gone or does not know its letters."""
     encoding = sys.stdout.encoding or "utf-8"
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
@@ -804,35 +781,25 @@ class Run(NamedTuple):
     versions: dict | None = None  # provenance of what was loaded
 
 
-def replace(path, data):
-    """Replace the file as a whole: a reader, or a run killed at any moment, finds the old
-    or the new."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def extend(path, data):
-    """Add to the file what it lacks of data, so that tail -f follows it; a file that holds
-    anything else is replaced."""
-    known = path.read_bytes() if path.exists() else b""
-    if not known or not data.startswith(known):
-        return replace(path, data)
-    with path.open("ab") as file:
-        file.write(data[len(known) :])
-
-
-def write(path, data, put=replace):
-    """Put data into the file, by replace or extend."""
+def write(path, data):
+    """Put data into the file. A table that has grown is added to, so that tail -f follows
+    it; any other file is replaced as a whole: a reader, or a run killed at any moment,
+    finds the old or the new."""
     if jax.process_index():  # of several hosts the first alone writes
         return
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        put(path, data)
+        known = path.read_bytes() if path.exists() else b""
+        if known and data.startswith(known):
+            with path.open("ab") as file:
+                file.write(data[len(known) :])
+        else:
+            part.write_bytes(data)
+            os.replace(part, path)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         stop(f"cannot write {path}: {error.strerror}; the last checkpoint stands", 1)
 
 
@@ -848,11 +815,11 @@ def write_arrays(path, arrays):
     write(path, file.getvalue())
 
 
-@functools.cache
+@cache
 def provenance():
     """What a result depends on beside its settings."""
     commit = None
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     packages = ("jax", "jaxlib", "numpy", "matplotlib")
@@ -868,13 +835,13 @@ def provenance():
     }
 
 
-def array_names(state):
-    """Names of a state's arrays in the order of its leaves: hidden0, readout,
-    memory_mean_hidden0, …"""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    names = [jax.tree_util.keystr(path, simple=True, separator=" ") for path in paths]
-    short = [re.sub("meta |g |(?<=hidden) ", "", name) for name in names]
-    return [name.replace(" ", "_") for name in short]
+def by_name(state):
+    """The arrays of a state by name: hidden0, readout, log_theta, memory_mean_hidden0, …"""
+    arrays = {}
+    for path, array in jax.tree.leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="_")
+        arrays[re.sub("meta_|(?<=_)g_|(?<=hidden)_", "", name)] = array
+    return arrays
 
 
 def csv_of(rows):
@@ -896,10 +863,9 @@ def save(run, folder):
     }
     write_json(folder / "config.json", config)
     if run.rows:
-        write(folder / "metrics.csv", csv_of(run.rows), extend)
-    arrays = dict(zip(array_names(run.state), jax.tree.leaves(run.state), strict=True))
-    arrays |= {"theta": np.exp(arrays["log_theta"]), "step": run.step}
-    arrays["rows"] = json.dumps(run.rows)
+        write(folder / "metrics.csv", csv_of(run.rows))
+    arrays = by_name(run.state) | {"step": run.step, "rows": json.dumps(run.rows)}
+    arrays["theta"] = np.exp(arrays["log_theta"])
     write_arrays(folder / "checkpoint.npz", arrays)
 
 
@@ -913,25 +879,29 @@ def load(folder):
             described = [described]
         devices = tuple(map(analog.make, described))
         cfg = Config(**{name: saved["config"][name] for name in vars(Config())})
-        template = jax.eval_shape(lambda: start(jax.random.key(0), cfg, devices))
-        like, structure = jax.tree.flatten(template)
+        like = jax.eval_shape(lambda: start(cfg, devices))
         with np.load(folder / "checkpoint.npz") as file:
-            arrays = [file[name] for name in array_names(template)]
+            leaves = [file[name].reshape(x.shape) for name, x in by_name(like).items()]
             step, rows = int(file["step"]), json.loads(str(file["rows"]))
-        leaves = [x.reshape(y.shape) for x, y in zip(arrays, like, strict=True)]
-        state = jax.tree.unflatten(structure, leaves)
+        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
         return Run(cfg, devices, state, step, tuple(rows), saved.get("versions", {}))
-    except FileNotFoundError as error:
-        stop(f"{error.filename} does not exist: there is no run to load")
     except Exception as error:  # a damaged archive fails in many ways
-        stop(f"{folder} is damaged or was written by other code: {error}")
+        stop(f"{folder} holds no run, a damaged one, or one of other code: {error}")
 
 
 def runs_of(name):
-    """The run folders NAME, NAME.1, NAME.2, … by their number, in its order."""
+    """The run folders NAME, NAME.1, NAME.2, … by their number."""
     pattern = re.escape(name) + r"(\.\d+)?"
-    folders = [x for x in Path("run").glob(f"{name}*") if re.fullmatch(pattern, x.name)]
-    return dict(sorted((int(folder.suffix[1:] or 0), folder) for folder in folders))
+    folders = [x for x in Path("run").glob("*") if re.fullmatch(pattern, x.name)]
+    return {int(folder.suffix[1:] or 0): folder for folder in folders}
+
+
+def latest(name):
+    """The last run folder of that name that holds a run."""
+    for _, folder in sorted(runs_of(name).items(), reverse=True):
+        if (folder / "checkpoint.npz").exists():
+            return folder
+    stop(f"there is no run folder run/{name} to resume; name it with --run_dir")
 
 
 def new_folder(name, run_dir):
@@ -951,7 +921,7 @@ def new_folder(name, run_dir):
 
 CHOICES = {"tasks": TASKS, "rule": RULES, "optimizer": OPTIMIZERS}
 # Settings that may change between a checkpoint and its --resume.
-MAY_CHANGE = "n_iter", "lr_drop", "batch_test", "ttest"
+MAY_CHANGE = {"n_iter", "lr_drop", "batch_test", "ttest"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -962,7 +932,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_settings(parser):
-    """Give the parser a flag for every setting."""
+    """Give the parser a flag for every setting, and --perf."""
     for field in dataclasses.fields(Config):
         default = "" if field.default is None else f" (default: {field.default})"
         kind = {"type": field.type, "choices": CHOICES.get(field.name)}
@@ -972,25 +942,35 @@ def add_settings(parser):
         parser.add_argument(
             f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind
         )
+    parser.add_argument(
+        "--perf",
+        dest="device",
+        action="store_const",
+        const="perf",
+        default=argparse.SUPPRESS,
+        help="ideal devices: --device perf",
+    )
 
 
 def build_parser():
     """The parser of the command line."""
     about = (__doc__ or "").split("\n\n")[0]
-    parser = Parser(prog="train.py", allow_abbrev=False, description=about)
+    parser = Parser(allow_abbrev=False, description=about)
     add_settings(parser)
-    perf = {"dest": "device", "action": "store_const", "const": "perf"}
-    help = "ideal devices: --device perf"
-    parser.add_argument("--perf", default=argparse.SUPPRESS, help=help, **perf)
-    help = "settings that belong together; flags beside it win"
-    parser.add_argument("--preset", choices=PRESETS, help=help)
-    help = "folder of the run (default: the next run/NAME.N)"
-    parser.add_argument("--run_dir", help=help)
-    help = (
-        "go on with the latest run of this name, or that in --run_dir; "
-        "once n_iter is reached, only test"
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="settings that belong together; flags beside it win",
     )
-    parser.add_argument("--resume", action="store_true", help=help)
+    parser.add_argument(
+        "--run_dir", help="folder of the run (default: the next run/NAME.N)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the latest run of this name, or that in --run_dir; "
+        "once n_iter is reached, only test",
+    )
     return parser
 
 
@@ -1000,24 +980,16 @@ def parse(argv):
     flags = vars(build_parser().parse_args(argv))
     preset, run_dir, resume = map(flags.pop, ("preset", "run_dir", "resume"))
     if preset and not resume:
-        flags = {**PRESETS[preset], **flags}
+        flags = PRESETS[preset] | flags
     return flags, preset, run_dir, resume
 
 
 def devices_of(names):
     """The devices that --device names, by commas."""
     try:
-        devices = tuple(map(analog.load_device, names.split(",")))
+        return tuple(map(analog.load_device, names.split(",")))
     except ValueError as error:
         stop(f"--device: {error}")
-    if len({device.g_max for device in devices}) > 1:
-        stop(f"--device {names}: devices that are trained together must agree in g_max")
-    lowest = max(device.g_min for device in devices)
-    if lowest >= min(device.g_prog for device in devices):
-        stop(f"--device {names}: no conductance can be programmed on all of them")
-    if len({device.name for device in devices}) < len(devices):
-        stop(f"--device {names}: a name stands twice")
-    return devices
 
 
 def check(cfg, devices):
@@ -1026,14 +998,17 @@ def check(cfg, devices):
         value, bounds = getattr(cfg, field.name), field.metadata["bounds"]
         if bounds and value is not None and not bounds[0] <= value <= bounds[1]:
             stop(f"--{field.name} must be from {bounds[0]} to {bounds[1]}, not {value}")
-    last = cfg.tprog + cfg.n_inner - 1
-    shared_out = cfg.batch_train % len(devices) == 0
-    waits = cfg.twait >= cfg.n_inner
+    n, last = len(devices), cfg.tprog + cfg.n_inner - 1
+    low = max(device.g_min for device in devices)
+    high = min(device.g_prog for device in devices)
     needs = {
-        f"--batch_train must be a multiple of {len(devices)}, the devices": shared_out,
+        "--device: a name stands twice": len({x.name for x in devices}) == n,
+        "--device: all must agree in g_max": len({x.g_max for x in devices}) == 1,
+        "--device: no conductance can be programmed on all of them": low < high,
+        f"--batch_train must be a multiple of {n} devices": cfg.batch_train % n == 0,
         f"--max_age must be at least tread, {cfg.tread:g} s": cfg.max_age >= cfg.tread,
         f"--tprog must be after tread, {cfg.tread:g} s": cfg.tprog > cfg.tread,
-        f"--twait must be at least {cfg.n_inner} s, one for each look": waits,
+        f"--twait must be {cfg.n_inner} s, 1 a look, or more": cfg.twait >= cfg.n_inner,
         f"--ttest must be after the last pulse, {last:g} s": cfg.ttest > last,
     }
     for message, is_met in needs.items():
@@ -1043,62 +1018,55 @@ def check(cfg, devices):
 
 def configure(flags):
     """Config and devices of a new run."""
-    devices = devices_of(flags.get("device", Config.device))
+    given = Config(**flags)
+    devices = devices_of(given.device)
     names = ",".join(device.name for device in devices)
     lr_out = LR_SHARE * analog.span(devices[0])
-    lr_drop = flags.get("n_iter", Config.n_iter) * 6 // 10
+    lr_drop = given.n_iter * 6 // 10
     cfg = Config(**{"lr_out": lr_out, "lr_drop": lr_drop, **flags, "device": names})
     check(cfg, devices)
     return cfg, devices
-
-
-def compare_versions(run, folder):
-    """Say what has changed since a run was saved, beside its settings."""
-    now = provenance()
-    changed = [name for name in now if run.versions.get(name) != now[name]]
-    if changed:
-        say(f"changed since {folder} was saved: {', '.join(changed)}")
 
 
 def resumed(flags, folder):
     """The Run in a folder with the flags that may change; others must be as they were."""
     run = load(folder)
     named = flags.pop("device", None)
-    fixed = flags.keys() - set(MAY_CHANGE)
-    changed = sorted(name for name in fixed if flags[name] != vars(run.cfg)[name])
+    changed = {name for name, x in flags.items() if x != getattr(run.cfg, name)}
     if named and devices_of(named) != run.devices:
-        changed.append("device")
-    if changed:
-        stop(f"{folder} holds a run with another --{changed[0]}: leave that flag out")
+        changed.add("device")
+    for name in sorted(changed - MAY_CHANGE):
+        stop(f"{folder} holds a run with another --{name}: leave that flag out")
     cfg = dataclasses.replace(run.cfg, **flags)
     check(cfg, run.devices)
     if cfg.n_iter < run.step:
         stop(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
     say(f"resuming {folder} after iteration {run.step}")
-    compare_versions(run, folder)
+    now = provenance().items()
+    changed = [name for name, x in now if run.versions.get(name) != x]
+    if changed:
+        say(f"changed since {folder} was saved: {', '.join(changed)}")
     return run._replace(cfg=cfg)
 
 
-def name_of(devices, tasks):
-    """The name of runs without a preset."""
-    words = [device.name for device in devices]
-    return "+".join(words if tasks == Config.tasks else [*words, tasks])
+def name_of(flags):
+    """The name of runs without a preset: their devices, and their tasks if other than the
+    default."""
+    given = Config(**flags)
+    words = [device.name for device in devices_of(given.device)]
+    return "+".join(words if given.tasks == Config.tasks else [*words, given.tasks])
 
 
 def prepare(argv):
     """The Run to go on from, and its folder."""
     flags, preset, run_dir, resume = parse(argv)
-    if not resume:
-        cfg, devices = configure(flags)
-        run = Run(cfg, devices, start(stream(cfg, 0), cfg, devices))
-        return run, new_folder(preset or name_of(devices, cfg.tasks), run_dir)
-    devices = devices_of(flags.get("device", Config.device))
-    name = preset or name_of(devices, flags.get("tasks", Config.tasks))
-    found = [x for x in runs_of(name).values() if (x / "checkpoint.npz").exists()]
-    if not (run_dir or found):
-        stop(f"there is no run folder run/{name} to resume; name it with --run_dir")
-    folder = Path(run_dir or found[-1])
-    return resumed(flags, folder), folder
+    name = preset or name_of(flags)
+    if resume:
+        folder = Path(run_dir or latest(name))
+        return resumed(flags, folder), folder
+    cfg, devices = configure(flags)
+    run = Run(cfg, devices, start(cfg, devices))
+    return run, new_folder(name, run_dir)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1120,30 +1088,26 @@ def assert_sound(run, row, folder):
     if not all(np.isfinite(x).all() for x in jax.tree.leaves((row["loss"], run.state))):
         problem = "the loss is not finite; try a smaller --lr_out"
     if problem:
-        where = f"the last good checkpoint is in {folder}"
-        stop(f"at iteration {run.step} {problem}; {where}", 1)
+        stop(f"iteration {run.step}: {problem}; the checkpoint in {folder} is good", 1)
 
 
 def row_of(run, measured):
     """The row of metrics.csv for a chunk whose means are measured, its values by column."""
-    meta = run.state.meta
-    tested = test(
-        quick_episode, run.cfg, run.devices[0], TEST_CHIPS, stream(run.cfg, 2), meta
-    )
+    cfg, meta, key = run.cfg, run.state.meta, stream(run.cfg, 2)
+    tested = test(quick_episode, cfg, run.devices[0], TEST_CHIPS, key, meta)
     errors = summary(tested.measured["mse"])
-    columns = {
-        "loss": measured["loss"],
-        "pulses": measured["pulses"],
-        "ttest": run.cfg.ttest,
+    thresholds = np.exp(np.median(meta.log_theta, 1))
+    return {
+        "step": run.step,
+        "loss": float(measured["loss"]),
+        "pulses": float(measured["pulses"]),
+        "ttest": cfg.ttest,
         "test_before": errors["mean"][0],
         "test_mse": errors["mean"][-1],
         "test_ci95": errors["ci95"][-1],
+        **{f"rate{i}_hz": float(x) for i, x in enumerate(measured["rates"])},
+        **{f"theta_{k}": float(x) for k, x in enumerate(thresholds)},
     }
-    columns |= {f"rate{i}_hz": x for i, x in enumerate(measured["rates"])}
-    columns |= {
-        f"theta_{k}": x for k, x in enumerate(np.exp(np.median(meta.log_theta, 1)))
-    }
-    return {"step": run.step, **{name: float(x) for name, x in columns.items()}}
 
 
 def train(run, folder):
@@ -1211,33 +1175,30 @@ def suffix_of(device):
 
 
 def draw(run, episodes, results, folder):
-    """Draw the run's figures into its folder and copy them to img/; the paths of the
-    copies."""
-    suffix = suffix_of(run.devices[0])
-    shown = episodes[run.devices[0].name]
+    """Draw the run's figures into its folder and copy them to img/."""
+    device = run.devices[0]
+    suffix = suffix_of(device)
     edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
-    drawn = {"meta_testing": figures.testing(edges, shown, results)}
+    drawn = {"meta_testing": figures.testing(edges, episodes[device.name], results)}
     if run.rows:
         yardsticks = results["yardsticks"]
         drawn["meta_training"] = figures.training(run.rows, yardsticks, TEST_CHIPS)
     else:  # that of an earlier run must not stand beside this one's
         Path("img", f"meta_training{suffix}.png").unlink(missing_ok=True)
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}, {settings_of(run)}"
-    copies = {title: Path("img", f"{title}{suffix}.png") for title in drawn}
     for title, figure in drawn.items():
         image = figures.png(figure, note)
-        write(copies[title], image)
+        copy = Path("img", f"{title}{suffix}.png")
         write(folder / f"{title}.png", image)
-    return copies.values()
+        write(copy, image)
+        say(f"figure in {copy}")
 
 
 def cores():
     """CPU cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count()
-    )
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def settings_of(run):
@@ -1250,13 +1211,12 @@ def settings_of(run):
 
 def announce(run, folder):
     """Say what is about to run."""
-    backend, n_devices = jax.default_backend(), jax.device_count()
-    say(f"meta-analog on {backend} ({n_devices} of JAX's devices, {cores()} cores)")
+    where = f"{jax.default_backend()} ({jax.device_count()} of JAX's devices"
+    say(f"meta-analog on {where}, {cores()} cores)")
     say(f"run folder {folder}, settings: {settings_of(run)}")
     say("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
 
 
-@contextlib.contextmanager
 def compile_times():
     """The seconds of each compilation from now on, a list that grows."""
     found = []
@@ -1266,32 +1226,30 @@ def compile_times():
             found.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    return found
 
 
 def execute(run, folder):
     """Meta-train, meta-test, draw and report."""
     announce(run, folder)
     save(run, folder)
-    times = [time.monotonic()]
-    with compile_times() as compiling:
-        run = train(run, folder)
-        times.append(time.monotonic())
-        say(f"testing {run.cfg.batch_test} chips")
-        episodes, results = meta_test(run)
-        times.append(time.monotonic())
+    compiling, times = compile_times(), [time.monotonic()]
+    run = train(run, folder)
+    times.append(time.monotonic())
+    say(f"testing {run.cfg.batch_test} chips")
+    episodes, results = meta_test(run)
+    times.append(time.monotonic())
     write_json(folder / "results.json", results)
     for name, found in episodes.items():
         write_arrays(folder / f"chips_{name}.npz", found.measured)
     report(results)
-    copies = draw(run, episodes, results, folder)
-    say(f"results in {folder}/, figures in {' '.join(map(str, copies))}")
+    draw(run, episodes, results, folder)
+    say(f"results and figures in {folder}/")
     training, testing = np.diff(times)
-    took = f"training took {training:.0f} s and testing {testing:.0f} s"
-    say(f"{took}, of which XLA compiled for {sum(compiling):.0f} s")
+    say(
+        f"training took {training:.0f} s and testing {testing:.0f} s, "
+        f"of which XLA compiled for {sum(compiling):.0f} s"
+    )
 
 
 def reach(address):
@@ -1300,7 +1258,7 @@ def reach(address):
     place = urllib.parse.urlsplit(f"//{address}")
     until = time.monotonic() + JOINING
     while place.port and time.monotonic() < until:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             return socket.create_connection((place.hostname, place.port), 5).close()
         time.sleep(1)
     raise RuntimeError(f"no coordinator answers at {address}")
@@ -1322,7 +1280,7 @@ def join_hosts():
 
 def configure_backend():
     """A device of JAX's per core, compiled programs kept for later runs, and other hosts."""
-    with contextlib.suppress(RuntimeError):  # already set up by whoever called main
+    with suppress(RuntimeError):  # already set up by whoever called main
         if "JAX_NUM_CPU_DEVICES" not in os.environ:
             jax.config.update("jax_num_cpu_devices", cores())
     if not jax.config.jax_compilation_cache_dir:

@@ -13,18 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 TRUTH, BEFORE, AFTER, LATE, OTHER = "black", "#999999", "#0072B2", "#D55E00", "#009E73"
-STYLES = (  # of the lines of one figure, in their order
-    {"color": AFTER, "ls": "-", "marker": "o"},
-    {"color": LATE, "ls": "--", "marker": "s"},
-    {"color": OTHER, "ls": "-.", "marker": "^"},
-    {"color": TRUTH, "ls": ":", "marker": "D"},
-    {"color": BEFORE, "ls": (0, (1, 1)), "marker": "v"},
+LINES = matplotlib.cycler(  # of a figure, in their order
+    color=(AFTER, LATE, OTHER, TRUTH, BEFORE),
+    linestyle=("-", "--", "-.", ":", (0, (1, 1))),
+    marker=list("os^Dv"),
 )
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.usetex": False,
 }
 LEAST = 1e-4  # the lowest error that a logarithmic axis shows
 
@@ -54,17 +51,19 @@ def empty(height, *shape, **options):
 def band(axes, x, mean, half, **style):
     """Draw means [len(x)] as a line, and their intervals of half-widths [len(x)] as a
     band."""
-    mean, half = np.asarray(mean), np.asarray(half)
-    axes.plot(x, mean, ms=4, **style)
+    mean, half = map(np.asarray, (mean, half))
+    (line,) = axes.plot(x, mean, ms=4, **style)
     low = np.maximum(mean - half, mean / 10)  # a logarithmic axis has no 0
-    axes.fill_between(x, low, mean + half, color=style["color"], alpha=0.25, lw=0)
+    axes.fill_between(x, low, mean + half, color=line.get_color(), alpha=0.25, lw=0)
 
 
-def legend_above(figure, axes, n_columns):
+def legend_above(axes, n_columns):
     """Put the legend of axes above everything."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=n_columns, frameon=False
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=n_columns,
+        frameon=False,
     )
 
 
@@ -98,14 +97,13 @@ def training(rows, yardsticks, n_chips):
     figure, axes = empty(4.2)
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     step = columns["step"]
-    marker = "o" if len(rows) < 4 else ""  # a line of one point is none
-    before = {"color": BEFORE, "ls": "--", "marker": marker}
-    loss = {"color": LATE, "ls": "-.", "marker": marker}
-    after = {"color": AFTER, "ls": "-", "marker": marker}
-    axes.plot(step, columns["test_before"], label="test, before adaptation", **before)
-    axes.plot(step, columns["loss"], label="outer loss", **loss)
+    style = {"marker": "o" if len(rows) < 4 else ""}  # a line of one point is none
+    label = "test, before adaptation"
+    axes.plot(step, columns["test_before"], "--", color=BEFORE, label=label, **style)
+    axes.plot(step, columns["loss"], "-.", color=LATE, label="outer loss", **style)
+    style |= {"color": AFTER, "ls": "-"}
     label = f"test, after adaptation ({n_chips} chips, 95 %)"
-    band(axes, step, columns["test_mse"], columns["test_ci95"], label=label, **after)
+    band(axes, step, columns["test_mse"], columns["test_ci95"], label=label, **style)
     for k in np.flatnonzero(np.diff(columns["ttest"])):
         label = f"from here tested at {columns['ttest'][k + 1]:g} s"
         axes.axvline(step[k], color=OTHER, ls=":", label=label)
@@ -114,7 +112,7 @@ def training(rows, yardsticks, n_chips):
     axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log")
     axes.set_xlim(0, max(step[-1] * 1.02, 1))
     plain_ticks(axes.yaxis)
-    legend_above(figure, axes, 3)
+    legend_above(axes, 3)
     return figure
 
 
@@ -154,13 +152,6 @@ def mark_mean(axes, x, height, text, color):
     )
 
 
-def show_counts(axes, values, edges, color, style):
-    """Draw the distribution of values."""
-    counts, _ = np.histogram(values, edges)
-    axes.stairs(counts, edges, fill=True, color=color, alpha=0.4)
-    axes.stairs(counts, edges, color=color, ls=style, lw=1.5)
-
-
 def show_errors(axes, before, after, n_pulses):
     """Draw the distributions of the errors [n] of chips before and after adaptation, means
     marked."""
@@ -170,8 +161,9 @@ def show_errors(axes, before, after, n_pulses):
     high = 1.1 * max(before.max(), after.max())
     n_bins = int(np.clip(2 * len(before) ** 0.5, 8, 40))
     edges = np.geomspace(low, high, n_bins + 1)
-    show_counts(axes, before, edges, BEFORE, "--")
-    show_counts(axes, after, edges, AFTER, "-")
+    filled = {"histtype": "stepfilled", "linewidth": 1.5}
+    axes.hist(before, edges, fc=(BEFORE, 0.4), ec=BEFORE, ls="--", **filled)
+    axes.hist(after, edges, fc=(AFTER, 0.4), ec=AFTER, **filled)
     axes.set(xscale="log", xlim=(low, high), ylim=(0, 1.4 * axes.get_ylim()[1]))
     axes.yaxis.get_major_locator().set_params(integer=True)
     plain_ticks(axes.xaxis)
@@ -192,15 +184,12 @@ def testing(edges, episodes, results):
     ):
         show_task(axes[panel], edges, curves, x, y)
         axes[panel].tick_params(labelbottom=panel in "CD")
-    for panel in "AC":
-        axes[panel].set_ylabel("y")
-    for panel in "CD":
-        axes[panel].set_xlabel("x")
+        axes[panel].set(xlabel="x" * (panel in "CD"), ylabel="y" * (panel in "AC"))
     mse = episodes.measured["mse"]
     show_errors(axes["E"], mse[:, 0], mse[:, -1], results["pulses"]["mean"])
     axes["E"].set(xlabel="squared error of a chip over all inputs", ylabel="chips")
     axes["E"].set_title(f"{len(mse)} tasks, each on a chip of its own", fontsize=11)
-    legend_above(figure, axes["A"], 4)
+    legend_above(axes["A"], 4)
     return figure
 
 
@@ -240,7 +229,7 @@ def presentation(t, u, spikes, v, output):
     output."""
     ratios = (0.5, *(1.3 for _ in spikes), 1, 1)
     figure, axes = empty(7.2, len(ratios), sharex=True, height_ratios=ratios)
-    axes[0].plot(t, np.full(len(t), u), color=TRUTH)
+    axes[0].axhline(u, color=TRUTH)
     axes[0].set_ylabel("input x")
     for layer, (ax, z) in enumerate(zip(axes[1:], spikes, strict=False)):
         step, neuron = np.nonzero(z)
@@ -258,45 +247,41 @@ def presentation(t, u, spikes, v, output):
 # ---- studies -------------------------------------------------------------------------------------
 
 
-def half_width(summary):
-    """Half-width of a summary's 95 % interval, 0 where it has none."""
-    return summary.get("ci95", np.zeros_like(summary["mean"]))
-
-
 @plain
-def lines(found, xlabel, xscale="linear"):
-    """Figure of errors along x, a line for each label of found, {label: (x, summary)}."""
+def lines(x, found, xlabel, xscale="linear"):
+    """Figure of errors along x, a line for each label of found, {label: summary}."""
     figure, axes = empty(4.5)
-    for (label, (x, summary)), style in zip(found.items(), STYLES, strict=False):
-        band(axes, x, summary["mean"], half_width(summary), label=label, **style)
+    axes.set_prop_cycle(LINES)
+    for label, summary in found.items():
+        band(axes, x, summary["mean"], summary.get("ci95", 0), label=label)
     axes.set(xlabel=xlabel, xscale=xscale, ylabel="mean squared error", ylim=0)
-    legend_above(figure, axes, 2 if len(found) > 3 else 3)
+    legend_above(axes, 2 if len(found) > 3 else 3)
     return figure
 
 
 @plain
-def bars(rows, groups):
-    """Figure of errors, a bar for each group with its summary in each row of rows, {label:
-    [summary]}."""
-    figure, axes = empty(1.5 + 0.45 * len(rows))
+def bars(groups):
+    """Figure of errors, {group: {label: summary}}: a row for each label, in it a bar for
+    each group."""
+    labels = list(next(iter(groups.values())))
+    figure, axes = empty(1.5 + 0.45 * len(labels))
+    axes.set_prop_cycle(LINES)
     width = 0.8 / len(groups)
-    middle = np.arange(len(rows))
-    for k, (group, style) in enumerate(zip(groups, STYLES, strict=False)):
-        summaries = [row[k] for row in rows.values()]
+    middle = np.arange(len(labels))
+    for k, (group, found) in enumerate(groups.items()):
         axes.barh(
             middle + (k - (len(groups) - 1) / 2) * width,
-            [x["mean"] for x in summaries],
+            [x["mean"] for x in found.values()],
             width,
-            xerr=[half_width(x) for x in summaries],
-            color=style["color"],
+            xerr=[x.get("ci95", 0) for x in found.values()],
             hatch=("", "//", "..", "\\\\")[k % 4],
             edgecolor="white",
             label=group,
         )
-    axes.set_yticks(middle, list(rows))
+    axes.set_yticks(middle, labels)
     axes.invert_yaxis()
     axes.set_xlabel("mean squared error (lines: 95 % interval)")
-    legend_above(figure, axes, len(groups))
+    legend_above(axes, len(groups))
     return figure
 
 
@@ -308,16 +293,11 @@ def histograms(samples, xlabel):
     low = min(np.quantile(x, 0.002) for x in samples.values())
     high = max(x.max() for x in samples.values())
     edges = np.geomspace(low, high, 80)
-    for (label, values), style in zip(samples.items(), STYLES, strict=False):
+    axes.set_prop_cycle(LINES)
+    for label, values in samples.items():
         counts, _ = np.histogram(values, edges)
-        axes.stairs(
-            counts / len(values),
-            edges,
-            color=style["color"],
-            ls=style["ls"],
-            lw=1.8,
-            label=label,
-        )
+        share = counts / len(values)
+        axes.step(edges[1:], share, where="pre", marker="", lw=1.8, label=label)
     axes.set(xscale="log", xlabel=xlabel, ylabel="share of the steps")
-    legend_above(figure, axes, 3)
+    legend_above(axes, 3)
     return figure

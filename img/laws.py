@@ -1,6 +1,6 @@
 """Draw the laws of a device over simulated devices: python analog.py --device mine.json"""
 
-import functools
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,7 +22,7 @@ def targets_of(device):
     return np.linspace(device.g_min, device.g_prog, N_TARGETS)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit(static_argnums=0)
 def simulate(device):
     """G (µS) of devices after each pulse [N_PULSES + 1, 2, N, 1]; at AGES [AGES, 2, N, 1];
     what a read adds to it t0 after the pulse [2, N, N_TARGETS]; and analog.Programmed."""
@@ -35,7 +35,7 @@ def simulate(device):
     )
 
     middle = analog.fabricate(keys[3], device, jnp.full((2, N, 1), device.g_prog / 2))
-    aged = jax.vmap(functools.partial(analog.drift, device, middle))(jnp.array(AGES))
+    aged = jax.vmap(partial(analog.drift, device, middle))(jnp.array(AGES))
 
     def pulse(xbar, key):
         after = analog.set_pulse(key, device, xbar, jnp.ones_like(xbar.g), 0.0)
@@ -79,15 +79,13 @@ def draw(device, steps, aged, noise, done):
 
 def main():
     """Draw and report the device on the command line."""
-    parser = train.Parser(prog="analog.py", description=__doc__)
+    parser = train.Parser(description=__doc__)
     parser.add_argument(
-        "--device", default="pcm", help="a built-in name or a JSON file"
+        "--device", default="pcm", help="built-in names or JSON files, by commas"
     )
-    device, *others = train.devices_of(parser.parse_args().device)
-    if others:
-        train.stop("--device: one at a time")
-    found = jax.device_get(simulate(device))
-    report(device, found[-1])
-    path = Path(__file__).parent / f"model{train.suffix_of(device)}.png"
-    train.write(path, figures.png(draw(device, *found)))
-    print(f"figure in {path}")
+    for device in train.devices_of(parser.parse_args().device):
+        found = jax.device_get(simulate(device))
+        report(device, found[-1])
+        path = Path(__file__).parent / f"model{train.suffix_of(device)}.png"
+        train.write(path, figures.png(draw(device, *found)))
+        print(f"figure in {path}")

@@ -1,6 +1,7 @@
 """Draw a network at work on one input: python network.py [RUN], by default of img/trained."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +21,8 @@ def present(run):
     at INPUT."""
     cfg, device, meta = run.cfg, run.devices[0], run.state.meta
     keys = jax.random.split(jax.random.key(0), 3)
-    chip = network.assemble(keys[0], device, train.injected(cfg, device), meta.g)
+    make = partial(train.injected, cfg)
+    chip = network.assemble(keys[0], device, make, meta.g)
     w = network.read_hidden(keys[1], device, chip, cfg.tread, cfg.compensate)
     dynamics = train.dynamics_of(cfg)
     signal = jnp.full((network.N_STEPS, 1), INPUT)

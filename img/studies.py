@@ -15,8 +15,8 @@ g_max, but for the ideal one. To compare settings, train a network with each of 
 
 import argparse
 import dataclasses
-import functools
 import sys
+from functools import partial
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -46,7 +46,7 @@ STUCK = {"stuck_low": 0.005, "stuck_high": 0.005}  # shares of all devices
 def new_chip(key, meta, cfg, device):
     """A chip of a network, programmed at t = 0, and its first trial."""
     chip_key, trial_key = jax.random.split(key)
-    chip = network.assemble(chip_key, device, train.programmed(cfg, device), meta.g)
+    chip = network.assemble(chip_key, device, analog.deploy, meta.g)
     return chip, train.draw_trial(trial_key, cfg)
 
 
@@ -109,7 +109,11 @@ def devices_for(run):
 
 
 def show(label, values):
-    """Print mean, interval and number of values [n]; their summary."""
+    """Print mean, interval and number of values [n]; of those at all RIDGES, [n, RIDGES],
+    the ones of lowest mean. Their summary."""
+    if values.ndim > 1:
+        best = int(np.argmin(np.mean(values, 0)))
+        label, values = f"{label}, ridge {RIDGES[best]:g}", values[:, best]
     found = train.summary(values)
     interval = f" ± {found['ci95']:.3f}" if "ci95" in found else ""
     print(
@@ -123,11 +127,9 @@ def show(label, values):
 
 def reset(key, device, readout, target, t):
     """analog.Programmed of a readout whose devices were all RESET."""
-    every = jnp.ones(target.shape, bool)
     none = jnp.zeros(target.shape, int)
-    return analog.Programmed(
-        analog.reset(key, device, readout, every, t), none, none + 1, none
-    )
+    erased = analog.reset(key, device, readout, none == 0, t)
+    return analog.Programmed(erased, none, none + 1, none)
 
 
 def nothing(key, device, readout, target, t):
@@ -202,29 +204,27 @@ def show_wear(what, counts):
 
 def life(n, run):
     """50 tasks in sequence on one chip, with four ways to keep its readout."""
-    numbers, drawn = {}, {}
+    numbers = {}
     for name, policy in POLICIES.items():
-        found = tested(functools.partial(lives, policy=policy), n, run)
+        found = tested(partial(lives, policy=policy), n, run)
         print(name)
         of = {"error": train.summary(found["error"])}
         for first, last in SPANS:
             label = f"error, tasks {first} to {last}"
             of[label] = show(label, np.mean(found["error"][:, first - 1 : last], 1))
-        numbers[name] = {
-            **of,
-            **show_wear("pulses", found["pulses"]),
-            **show_wear("resets", found["resets"]),
-        }
-        drawn[name] = range(1, N_LIFE + 1), of["error"]
-    return numbers, figures.lines(drawn, "task in sequence on one chip")
+        of |= show_wear("pulses", found["pulses"])
+        numbers[name] = of | show_wear("resets", found["resets"])
+    drawn = {name: of["error"] for name, of in numbers.items()}
+    x = range(1, N_LIFE + 1)
+    return numbers, figures.lines(x, drawn, "task in sequence on one chip")
 
 
 # ---- chips ---------------------------------------------------------------------------------------
 
 
 def first_tasks(key, meta, cfg, device):
-    """Squared errors [2] of the same task that a new chip meets first at tread, or at the age
-    OLD."""
+    """Squared errors, by label, of the same task that a new chip meets first at tread, or at
+    the age OLD."""
     chip_key, learn_key = jax.random.split(key)
     chip, trial = new_chip(chip_key, meta, cfg, device)
 
@@ -232,13 +232,8 @@ def first_tasks(key, meta, cfg, device):
         times = train.times_of_test(cfg, age)
         return learn_and_test(learn_key, meta, cfg, device, chip, trial, times)[-1]
 
-    return jax.lax.map(at, jnp.array([cfg.tread, OLD]))
-
-
-def young_and_old(n, run, device):
-    """Errors of n chips in their first task by when they meet it."""
-    young, old = tested(first_tasks, n, run, device).T
-    return {"first task": young, "10⁶ s old": old}
+    young, old = jax.lax.map(at, jnp.array([cfg.tread, OLD]))
+    return {"first task": young, "first task, 10⁶ s old": old}
 
 
 def written(key, cfg, device, chip, w):
@@ -261,7 +256,7 @@ def regression(key, meta, cfg, device):
     second, first = quadratic(looks.moments[0], trial.support)
     query = moments_at(query_key, cfg, device, chip, times.query)
     eye = jnp.eye(len(first))
-    error = functools.partial(train.squared_error, query, trial.query)
+    error = partial(train.squared_error, query, trial.query)
 
     def fit(ridge):
         w = jnp.linalg.solve(second + ridge * eye, first + ridge * looks.readout)
@@ -270,60 +265,47 @@ def regression(key, meta, cfg, device):
 
     best = jnp.linalg.solve(query.second[0] + 1e-5 * eye, trial.query.y @ query.first)
     found = jax.lax.map(fit, jnp.array(RIDGES))
-    return {**found, "best readout of all inputs": error(best)[None]}
-
-
-def show_best(label, errors):
-    """Print and return the summary of the column of errors [n, RIDGES] with the lowest
-    mean."""
-    best = int(np.argmin(np.mean(errors, 0)))
-    note = f", ridge {RIDGES[best]:g}" if len(errors.T) > 1 else ""
-    return show(label + note, errors[:, best])
+    return {**found, "best readout of all inputs": error(best)}
 
 
 def chip_errors(n, run, device):
-    """Errors of n chips of a device by label, and by label and strength those of ridge
-    regression."""
-    restored = functools.partial(lives, policy=analog.program)
+    """Errors of n chips of a device by label, those of ridge regression at all RIDGES."""
+    restored = partial(lives, policy=analog.program)
     used = tested(restored, n, run, device)["error"]
     faulty = tested(train.episode, n, run, device._replace(**STUCK)).measured["mse"]
-    errors = {
-        **young_and_old(n, run, device),
+    return {
+        **tested(first_tasks, n, run, device),
         "second task": used[:, 1],
         "50th task": used[:, -1],
         "1 % stuck": faulty[:, -1],
+        "ridge, written": tested(regression, n, run, device)["ridge, written"],
     }
-    return errors, tested(regression, n, run, device)["ridge, written"]
 
 
 def chips(n, run):
     """One network on new, old, used and faulty chips of all devices."""
-    rows = {}
+    found = {}
     for device in devices_for(run):
-        errors, ridge = chip_errors(n, run, device)
-        rows[device.name] = {
+        errors = chip_errors(n, run, device)
+        found[device.name] = {
             label: show(f"{device.name}, {label}", x) for label, x in errors.items()
         }
-        label = "ridge, written"
-        rows[device.name][label] = show_best(f"{device.name}, {label}", ridge)
-    kinds = next(iter(rows.values()))
-    bars = {kind: [row[kind] for row in rows.values()] for kind in kinds}
-    return rows, figures.bars(bars, rows)
+    return found, figures.bars(found)
 
 
 def compare(n, *runs):
     """Several networks, each on new and old chips of all devices, and their mean."""
-    rows = {}
-    for run in runs:
+    found = {}
+    for k, run in enumerate(runs):
+        of = found[f"network {k}"] = {}
         for device in devices_for(run):
-            for label, x in young_and_old(n, run, device).items():
-                rows.setdefault(f"{device.name}, {label}", []).append(x)
-    for label, errors in rows.items():
-        means = [float(np.mean(x)) for x in errors]
+            for label, x in tested(first_tasks, n, run, device).items():
+                of[f"{device.name}, {label}"] = train.summary(x)
+    for label in of:
+        means = [of[label]["mean"] for of in found.values()]
         spread = " ".join(f"{x:.3f}" for x in means)
         print(f"  {label:<40}{np.mean(means):9.3f}   each {spread}")
-    rows = {label: list(map(train.summary, errors)) for label, errors in rows.items()}
-    return rows, figures.bars(rows, [f"network {k}" for k in range(len(runs))])
+    return found, figures.bars(found)
 
 
 # ---- drift ---------------------------------------------------------------------------------------
@@ -335,14 +317,18 @@ def kept(key, cfg, device, chip, readout, reference, trial, t):
     hidden_key, readout_key = jax.random.split(key)
     g = analog.read(readout_key, device, readout, t)
     w = analog.weights(device, g)[:, 0]
-    found = {}
-    for label, compensate in (("", False), (", hidden layers compensated", True)):
-        compensated = dataclasses.replace(cfg, compensate=compensate)
-        moments = moments_at(hidden_key, compensated, device, chip, t)
-        found[f"adapted once{label}"] = train.squared_error(moments, trial.query, w)
+
+    def error(compensate, w):
+        settings = dataclasses.replace(cfg, compensate=compensate)
+        moments = moments_at(hidden_key, settings, device, chip, t)
+        return train.squared_error(moments, trial.query, w)
+
     scaled = w * reference / jnp.sum(g)
-    error = train.squared_error(moments, trial.query, scaled)
-    return {**found, "adapted once, all layers compensated": error}
+    return {
+        "adapted once": error(False, w),
+        "adapted once, hidden layers compensated": error(True, w),
+        "adapted once, all layers compensated": error(True, scaled),
+    }
 
 
 def aged(key, meta, cfg, device):
@@ -359,8 +345,8 @@ def aged(key, meta, cfg, device):
         key, age = inputs
         kept_key, fresh_key, program_key, again_key = jax.random.split(key, 4)
         times = train.times_of_test(cfg, age)
-        before = times.reads[0] - AHEAD
-        new = analog.program(program_key, device, readout, meta.g.readout, before)
+        wanted = meta.g.readout
+        new = analog.program(program_key, device, readout, wanted, age - AHEAD)
 
         def learned(key, chip, trial):
             return learn_and_test(key, meta, cfg, device, chip, trial, times)[-1]
@@ -380,14 +366,13 @@ def aged(key, meta, cfg, device):
 
 def drift(n, run):
     """How a task that was learned ages, and how an old chip learns."""
-    errors = tested(aged, n, run)
-    numbers = {"age": AGES}
-    for label, values in errors.items():
+    found = {}
+    for label, values in tested(aged, n, run).items():
         for age, column in zip(AGES, values.T, strict=True):
             show(f"{label}, {age:g} s", column)
-        numbers[label] = train.summary(values)
-    found = {label: (AGES, numbers[label]) for label in errors}
-    return numbers, figures.lines(found, "age of the chip (s)", "log")
+        found[label] = train.summary(values)
+    figure = figures.lines(AGES, found, "age of the chip (s)", "log")
+    return {"age": AGES, **found}, figure
 
 
 # ---- limits --------------------------------------------------------------------------------------
@@ -417,16 +402,15 @@ def others_of(device):
 
 def limits(n, run):
     """What is left of the error on other devices; bounds of any rule for the readout."""
-    rows = {}
+    found = {}
     for label, device in {"as it is": None, **others_of(run.devices[0])}.items():
         mse = tested(train.episode, n, run, device).measured["mse"]
-        rows[label] = [show(label, mse[:, -1])]
+        found[label] = show(label, mse[:, -1])
     exact = run._replace(cfg=dataclasses.replace(run.cfg, off_noise=0.0))
     mse = tested(train.quick_episode, n, exact).measured["mse"]
-    rows["no programming error"] = [show("no programming error", mse[:, -1])]
-    for label, errors in tested(regression, n, run).items():
-        rows[label] = [show_best(label, errors)]
-    return rows, figures.bars(rows, ("after adaptation",))
+    others = {"no programming error": mse[:, -1], **tested(regression, n, run)}
+    found |= {label: show(label, errors) for label, errors in others.items()}
+    return found, figures.bars({"after adaptation": found})
 
 
 # ---- updates -------------------------------------------------------------------------------------
@@ -501,16 +485,16 @@ STUDIES = {x.__name__: x for x in (compare, chips, drift, life, limits, updates)
 def parse(argv):
     """The arguments of the command line."""
     parser = train.Parser(
-        prog="studies.py",
         allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out = {"type": Path, "default": FOLDER / "gallery", "help": "folder of figures"}
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--n", type=int, default=256, help="chips (default: 256)")
-    parser.add_argument("--out", **out)
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER / "gallery", help="folder of figures"
+    )
     given = parser.parse_args(argv)
     if len(given.runs) > 1 and given.study != "compare":
         train.stop(f"{given.study} takes one run folder")

@@ -37,7 +37,7 @@ import numpy as np, train
 train.configure_backend()
 flags, n = json.loads(sys.argv[1]), int(sys.argv[2])
 cfg, devices = train.configure(flags if isinstance(flags, dict) else dict(n_inner=flags))
-state = train.start(train.stream(cfg, 0), cfg, devices)
+state = train.start(cfg, devices)
 for _ in range(2):
     began = time.perf_counter()
     train.jax.block_until_ready(

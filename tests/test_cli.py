@@ -155,7 +155,7 @@ def test_the_unit_of_conductance_does_not_matter(whole, tmp_path):
     states = []
     for name in ("pcm", str(file)):
         cfg, devices = train.configure({**train.parse(TINY)[0], "device": name})
-        state = train.start(train.stream(cfg, 0), cfg, devices)
+        state = train.start(cfg, devices)
         key = train.stream(cfg, 1)
         states.append(train.train_chunk(cfg, devices, state, key, np.arange(2)))
     (pcm, found), (hundred, also) = states
@@ -387,15 +387,15 @@ def test_a_log_has_lines(quick, monkeypatch):
 def test_rows_are_added_to_metrics_csv(tmp_path):
     """tail -f keeps a file open: it sees the new rows alone, and a cut row is completed."""
     path = tmp_path / "metrics.csv"
-    train.write(path, b"step\n1\n", train.extend)
+    train.write(path, b"step\n1\n")
     with path.open("rb") as reader:
         reader.read()
-        train.write(path, b"step\n1\n22\n", train.extend)
+        train.write(path, b"step\n1\n22\n")
         assert reader.read() == b"22\n"
     path.write_bytes(b"step\n1\n2")
-    train.write(path, b"step\n1\n22\n", train.extend)
+    train.write(path, b"step\n1\n22\n")
     assert path.read_bytes() == b"step\n1\n22\n"
-    train.write(path, b"step\n1\n", train.extend)  # as a resume from before that row
+    train.write(path, b"step\n1\n")  # as a resume from before that row
     assert path.read_bytes() == b"step\n1\n"
 
 

@@ -110,7 +110,7 @@ def test_a_reset_readout_is_at_its_lowest():
 def test_a_study_from_start_to_figure(here, monkeypatch, capsys):
     monkeypatch.setattr(studies, "AGES", (150.0, 1e6))
     cfg, devices = train.configure(train.parse(TINY)[0])
-    state = train.start(train.stream(cfg, 0), cfg, devices)
+    state = train.start(cfg, devices)
     train.save(train.Run(cfg, devices, state), here / "mine")
     studies.main(["drift", "mine", "--n", "3", "--out", "."])
     out = capsys.readouterr().out

@@ -30,7 +30,7 @@ def configured(**flags):
 
 
 def start(cfg, devices):
-    return train.start(train.stream(cfg, 0), cfg, devices)
+    return train.start(cfg, devices)
 
 
 def close(a, b, tolerance=1e-5):
@@ -46,7 +46,7 @@ def close(a, b, tolerance=1e-5):
 
 def test_sinusoids_are_drawn_as_they_should():
     n = 100_000
-    task = jax.jit(jax.vmap(train.draw_sinusoid))(jax.random.split(KEY, n))
+    task = jax.jit(jax.vmap(train.Sinusoid.draw))(jax.random.split(KEY, n))
     for x, low, high in ((task.amplitude, 0.1, 5.0), (task.phase, 0.0, np.pi)):
         assert x.min() >= low and x.max() <= high
         assert abs(x.mean() - (low + high) / 2) < 4 * (high - low) / (12 * n) ** 0.5
@@ -54,7 +54,7 @@ def test_sinusoids_are_drawn_as_they_should():
     x = np.linspace(-5, 5, 7)
     first = jax.tree.map(lambda p: p[0], task)
     expected = first.amplitude * np.sin(x + np.float32(first.phase))
-    np.testing.assert_allclose(train.sinusoid(first, x), expected, atol=1e-4)
+    np.testing.assert_allclose(first.target(x), expected, atol=1e-4)
 
 
 def test_yardsticks_are_those_of_the_law():
@@ -89,7 +89,7 @@ def traces(cfg):
     g = network.start(KEY, analog.PCM, train.sizes_of(cfg))
     hidden = tuple(1.7 * analog.weights(analog.PCM, g) + 0.05 for g in g.hidden)
     u = network.level_centres(cfg.dac_bits)
-    return hidden, network.simulate(train.dynamics_of(cfg), hidden, u).trace
+    return hidden, network.simulate(train.dynamics_of(cfg), hidden, u)[0]
 
 
 def test_delta_rule_equals_autodiff_of_the_time_steps(x64):
@@ -112,13 +112,13 @@ def test_query_error_equals_the_mean_over_a_fine_grid(x64, last):
     cfg, _ = configured()
     _, e = traces(cfg)
     e = e[-1:] if last else e
-    task = train.draw_sinusoid(KEY)
+    task = train.Sinusoid.draw(KEY)
     w = jax.random.normal(KEY, (cfg.n_h1,))
     x = (
         jnp.linspace(-5.0, 5.0, 16 * 2000 + 1)[:-1] + 5 / 16 / 2000
     )  # midpoints, 2,000 a level
     outputs = (e @ w)[:, network.level(cfg.dac_bits, x)]
-    expected = jnp.mean((outputs - train.sinusoid(task, x)) ** 2)
+    expected = jnp.mean((outputs - task.target(x)) ** 2)
     samples = train.samples_of_range(cfg, task)
     # The 16 midpoints of a level are 0.04 apart: to 0.04²/24 of the largest derivatives.
     close(train.squared_error(train.moments_of_range(e), samples, w), expected, 1e-3)
@@ -138,7 +138,7 @@ def plain_squared_error(cfg, moments, task, w):
     """Mean over the time steps and over the midpoints of 256 parts of the range."""
     x = network.level_centres(8)
     outputs = (moments.second @ w)[:, network.level(cfg.dac_bits, x)]  # [T, 256]
-    return jnp.mean((outputs - train.sinusoid(task, x)) ** 2)
+    return jnp.mean((outputs - task.target(x)) ** 2)
 
 
 def make_plain(patch, cfg):
@@ -217,7 +217,7 @@ def met():
     cfg, devices = configured(device="ibm", n_inner=3, grad_thr=0.01)
     times = train.times_of(cfg, cfg.tread, cfg.twait)
     trial = train.draw_trial(KEY, cfg)
-    make = train.injected(cfg, devices[0])
+    make = functools.partial(train.injected, cfg)
     meta = start(cfg, devices).meta
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "draw_trial", lambda key, cfg: trial)
@@ -393,7 +393,7 @@ def on_chips_of_a_network(n_chips):
     cfg, devices = configured(device="ibm", n_chips=2)
 
     def one(key, g):
-        make = train.injected(cfg, devices[0])
+        make = functools.partial(train.injected, cfg)
         chip = network.assemble(key, devices[0], make, g)
         measured, rates = train.observe(
             train.moments_of_range, key, cfg, devices[0], chip, 100.0
