@@ -96,8 +96,10 @@ def test_keeping_a_readout_keeps_its_mean_weight(policy):
         return jax.lax.scan(again, xbar, (jax.random.split(key, 5), times))[0]
 
     w = analog.weights(device, last(KEY).g)
-    # Pulses approach a target from below, and a read at g_min is clipped: 0.012 each time.
-    assert abs(jnp.mean(w) - 0.4) < (5 if policy is studies.refresh else 1) * 0.012
+    # Pulses approach a target from below: 0.008 at 4.9 µS. A read at g_min is clipped: 0.0045.
+    # A refresh loses both each time, the rest are 4 standard errors.
+    lost = 5 * 0.0125 if policy is studies.refresh else 0.008
+    assert abs(jnp.mean(w) - 0.4) < lost + 4 * jnp.std(w) / len(w) ** 0.5
 
 
 def test_a_reset_readout_is_at_its_lowest():
