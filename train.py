@@ -370,18 +370,18 @@ def dynamics_of(cfg):
     return network.Dynamics((alpha,) * len(sizes_of(cfg)), kappa, cfg.gain_out)
 
 
-def observe(measure, key, cfg, device, chip, t):
-    """What measure makes of the traces [T, L, H] of one read of the hidden crossbars at
-    time t (s), each of its arrays having the levels or an average over them in front; and
-    the rates (Hz) of the layers."""
+def observe(moments_of, key, cfg, device, chip, t):
+    """The moments that moments_of makes of the traces [T, L, H] of one read of the hidden
+    crossbars at time t (s), by level or of parts of the levels; and the rates (Hz) of the
+    layers."""
 
     def simulate(w, u):
         e, rates = network.simulate(dynamics_of(cfg), w, u)
-        return measure(e), rates[None]
+        return moments_of(e), rates[None]
 
     w = network.read_hidden(key, device, chip, t, cfg.compensate)
-    measured, rates = on_levels(simulate, w, network.level_centres(cfg.dac_bits))
-    return measured, jnp.mean(rates, 0)
+    moments, rates = on_levels(simulate, w, network.level_centres(cfg.dac_bits))
+    return moments, jnp.mean(rates, 0)
 
 
 def pooled(moments):
@@ -484,9 +484,9 @@ def adapt(key, meta, cfg, device, chip, looks, support, times):
 
 
 class Met(NamedTuple):
-    """What a chip and n tasks have done; axis 0 is the task, but for measured and rates."""
+    """What a chip and n tasks have done; axis 0 is the task, but for moments and rates."""
 
-    measured: tuple  # of the chip, at the time of the query
+    moments: Moments  # of the hidden crossbars in a read at the time of the query
     rates: jax.Array  # Hz, of each layer, then
     trial: Trial
     readouts: list  # crossbars [n, 2, H, 1] after 0, 1, … n_inner looks
@@ -494,13 +494,13 @@ class Met(NamedTuple):
     w: list  # [n, H], weights of the readouts in a read at the time of the query
 
 
-def meet(measure, key, meta, cfg, device, make, times, n_tasks):
+def meet(moments_of, key, meta, cfg, device, make, times, n_tasks):
     """Met of a new chip, its crossbars made by make(key, device, conductances), and n_tasks
-    new tasks; measure says what is taken from the traces of the query."""
+    new tasks; moments_of is what to make of the traces of the query."""
     chip_key, look_key, query_key, tasks_key = jax.random.split(key, 4)
     chip = network.assemble(chip_key, device, make, meta.g)
     looks = look_at(look_key, cfg, device, chip, times)
-    query = observe(measure, query_key, cfg, device, chip, times.query)
+    query = observe(moments_of, query_key, cfg, device, chip, times.query)
 
     def task(key):
         trial_key, adapt_key, read_key = jax.random.split(key, 3)
@@ -554,7 +554,7 @@ def meta_loss(key, meta, cfg, device, n_tasks):
     times = times._replace(reads=times.reads[:1])
     make = partial(injected, cfg)
     met = meet(moments_of_range, meet_key, meta, cfg, device, make, times, n_tasks)
-    query = pooled(met.measured)
+    query = pooled(met.moments)
     loss = jnp.mean(
         jax.vmap(squared_error, (None, 0, 0))(query, met.trial.query, met.w[-1])
     )
@@ -701,12 +701,12 @@ def changes(device, readouts, pulses):
 def episode(key, meta, cfg, device, make=analog.deploy):
     """Episode of a task that a new chip, its crossbars made by make, meets at tread."""
 
-    def measure(e):
+    def moments_of(e):  # of every time step, and of the last
         return moments_of_range(e), moments_of_range(e[-1:])
 
     times = times_of_test(cfg, cfg.tread)
-    met = meet(measure, key, meta, cfg, device, make, times, 1)
-    every, last = map(pooled, met.measured)
+    met = meet(moments_of, key, meta, cfg, device, make, times, 1)
+    every, last = map(pooled, met.moments)
     trial, readouts, pulses, w = jax.tree.map(lambda x: x[0], met[2:])
     error = jax.vmap(squared_error, (None, None, 0))
     measured = {
