@@ -157,6 +157,7 @@ CHIP = {
     "batch_train": 128,
     "twait": 150.0,
     "dac_bits": 6,  # half the levels of the default, half the time
+    "max_age": 1e6,
 }
 PRESETS = {
     # more synapses at the readout, one look
@@ -164,13 +165,7 @@ PRESETS = {
     # four looks at the error instead of one
     "four_looks": {"n_inner": 4, "gain_out": 0.7, "twait": 150.0},
     # what one would put on a real chip: six looks, trained on two pulse laws
-    "chip": {
-        **CHIP,
-        "n_inner": 6,
-        "gain_out": 0.7,
-        "max_age": 1e6,  # 10⁵ s, the default, for more neurons: they learn slower on old chips
-        "n_iter": 3000,
-    },
+    "chip": {**CHIP, "n_inner": 6, "gain_out": 0.7, "n_iter": 3000},
     # the same with more neurons, eight looks and 3 bits
     "chip_wide": {
         **CHIP,
