@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator
 
 TRUTH, BEFORE, AFTER, LATE, OTHER = "black", "#999999", "#0072B2", "#D55E00", "#009E73"
 LINES = matplotlib.cycler(  # of a figure, in their order
-    color=(AFTER, LATE, OTHER, TRUTH, BEFORE),
+    color=(AFTER, LATE, OTHER, BEFORE, TRUTH),
     linestyle=("-", "--", "-.", ":", (0, (1, 1))),
     marker=list("os^Dv"),
 )
