@@ -39,9 +39,10 @@ def main():
     """Draw the network of the run folder on the command line."""
     run = train.load(sys.argv[1] if len(sys.argv) > 1 else FOLDER / "trained")
     spikes, membranes, output = jax.device_get(present(run))
-    busiest = np.argmax(np.sum(spikes[-1], 0))
+    share = np.mean(spikes[-1], 0)
+    shown = np.argmin(np.abs(share - 0.25))  # neither silent nor always firing
     t = 1e3 * network.DT * np.arange(1, network.N_STEPS + 1)
-    figure = figures.presentation(t, INPUT, spikes, membranes[-1][:, busiest], output)
+    figure = figures.presentation(t, INPUT, spikes, membranes[-1][:, shown], output)
     path = FOLDER / "network.png"
     train.write(path, figures.png(figure))
     print(f"figure in {path}")
