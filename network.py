@@ -99,21 +99,25 @@ def over_time(step, inputs, reverse=False):
         state = step(state, now)
         return state, state
 
-    rest = jnp.zeros_like(jax.tree.leaves(inputs)[0][0])
+    first, *_ = jax.tree.leaves(inputs)
+    rest = jnp.zeros_like(first[0])
     unroll = 1 if jax.default_backend() == "cpu" else 10
-    return jax.lax.scan(both, rest, inputs, reverse=reverse, unroll=unroll)[1]
+    _, states = jax.lax.scan(both, rest, inputs, reverse=reverse, unroll=unroll)
+    return states
 
 
 def potentials(alpha, drive):
     """Membrane potentials [T, ...] of neurons from rest under drive [T, ...]."""
-    return over_time(partial(lif_step, alpha), drive)
+    step = partial(lif_step, alpha)
+    return over_time(step, drive)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def lif(alpha, drive):
     """Spikes [T, ...] of neurons from rest under drive [T, ...]. Its derivative keeps the
     potentials alone and runs the adjoint backwards in time."""
-    return lif_forward(alpha, drive)[0]
+    spikes, _ = lif_forward(alpha, drive)
+    return spikes
 
 
 def lif_forward(alpha, drive):
@@ -122,7 +126,9 @@ def lif_forward(alpha, drive):
 
 
 def lif_backward(alpha, v, z_bar):
-    return (over_time(partial(lif_adjoint, alpha), (v, z_bar), reverse=True),)
+    step = partial(lif_adjoint, alpha)
+    drive_bar = over_time(step, (v, z_bar), reverse=True)
+    return (drive_bar,)
 
 
 lif.defvjp(lif_forward, lif_backward)
@@ -143,16 +149,19 @@ def trace(dynamics, z):
 def level(n_bits, x):
     """Index of the input converter's level for x, clipped to its span."""
     low, high = X_RANGE
+    n_levels = 2**n_bits
     share = (x - low) / (high - low)
-    index = jnp.floor(share * 2**n_bits)
-    return jnp.clip(index, 0, 2**n_bits - 1).astype(jnp.int32)
+    index = jnp.floor(share * n_levels)
+    index = jnp.clip(index, 0, n_levels - 1)
+    return index.astype(jnp.int32)
 
 
 def level_centres(n_bits):
     """The input that each level stands for, the centre of its cell, [2^n_bits]."""
     low, high = X_RANGE
-    cell = (high - low) / 2**n_bits
-    return low + cell * jnp.arange(0.5, 2**n_bits)
+    n_levels = 2**n_bits
+    cell = (high - low) / n_levels
+    return low + cell * jnp.arange(0.5, n_levels)
 
 
 def simulate(dynamics, hidden, u):
@@ -167,13 +176,14 @@ def simulate(dynamics, hidden, u):
         signal = spikes.reshape(drive.shape)
         rates.append(jnp.mean(spikes) / DT)
     e = trace(dynamics, spikes)
-    return e.reshape(N_STEPS, len(u), -1), jnp.stack(rates)
+    e = e.reshape(N_STEPS, len(u), -1)
+    return e, jnp.stack(rates)
 
 
 def each(function, key, device, xs, *rest):
     """[function(key, device, x, *rest)] of every x, each with a key of its own."""
-    keys = jax.random.split(key, len(xs))
-    return [function(key, device, x, *rest) for key, x in zip(keys, xs, strict=True)]
+    keyed = zip(jax.random.split(key, len(xs)), xs, strict=True)
+    return [function(key, device, x, *rest) for key, x in keyed]
 
 
 def assemble(key, device, make, g):
@@ -182,7 +192,8 @@ def assemble(key, device, make, g):
     make_key, read_key = jax.random.split(key)
     *hidden, readout = each(make, make_key, device, [*g.hidden, g.readout])
     reads = each(analog.read, read_key, device, hidden, device.t0)
-    return Chip(Network(tuple(hidden), readout), tuple(map(jnp.sum, reads)))
+    reference = tuple(map(jnp.sum, reads))
+    return Chip(Network(tuple(hidden), readout), reference)
 
 
 def read_hidden(key, device, chip, t, compensate):
@@ -191,7 +202,9 @@ def read_hidden(key, device, chip, t, compensate):
 
     def weights(g, reference):
         w = analog.weights(device, g)
-        return w * reference / jnp.sum(g) if compensate else w
+        if not compensate:
+            return w
+        return w * reference / jnp.sum(g)
 
     reads = each(analog.read, key, device, chip.xbars.hidden, t)
     return tuple(map(weights, reads, chip.reference))
@@ -208,7 +221,8 @@ def start(key, device, sizes):
     each hidden layer."""
     first, *keys = jax.random.split(key, len(sizes))
     w = [jax.random.uniform(first, (2, sizes[0]), minval=-1.0, maxval=1.0)]
-    for key, n_in, n_out in zip(keys, sizes[:-1], sizes[1:], strict=True):
+    layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
+    for key, n_in, n_out in layers:
         bound = (6 / (n_in + n_out)) ** 0.5
         inner = jax.random.uniform(key, (n_in, n_out), minval=-bound, maxval=bound)
         bias = jnp.zeros((1, n_out))
