@@ -271,8 +271,8 @@ def make(constants):
     wrong."""
     given = {"name": "", "law": "nandakumar", **Device._field_defaults, **constants}
     given.pop("comment", None)
-    name, law = str(given.pop("name")), FAMILIES.get(str(given.pop("law")))
-    if not name.isidentifier():
+    name, law = given.pop("name"), FAMILIES.get(str(given.pop("law")))
+    if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"key name must be a word of letters, digits and _: {name!r}")
     if law is None:
         raise ValueError(f"key law must be one of {', '.join(FAMILIES)}")

@@ -35,7 +35,7 @@ import time
 import urllib.parse
 import uuid
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -481,7 +481,7 @@ def adapt(key, meta, cfg, device, chip, looks, support, times):
 class Met(NamedTuple):
     """What a chip and n tasks have done; axis 0 is the task, but for moments and rates."""
 
-    moments: Moments  # of the hidden crossbars in a read at the time of the query
+    moments: tuple  # what moments_of makes of a read at the time of the query
     rates: jax.Array  # Hz, of each layer, then
     trial: Trial
     readouts: list  # crossbars [n, 2, H, 1] after 0, 1, … n_inner looks
@@ -1212,6 +1212,7 @@ def announce(run, folder):
     say("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
 
 
+@contextmanager
 def compile_times():
     """The seconds of each compilation from now on, a list that grows."""
     found = []
@@ -1221,19 +1222,23 @@ def compile_times():
             found.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    return found
+    try:
+        yield found
+    finally:  # another run in this process has a listener of its own
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def execute(run, folder):
     """Meta-train, meta-test, draw and report."""
     announce(run, folder)
     save(run, folder)
-    compiling, times = compile_times(), [time.monotonic()]
-    run = train(run, folder)
-    times.append(time.monotonic())
-    say(f"testing {run.cfg.batch_test} chips")
-    episodes, results = meta_test(run)
-    times.append(time.monotonic())
+    times = [time.monotonic()]
+    with compile_times() as compiling:
+        run = train(run, folder)
+        times.append(time.monotonic())
+        say(f"testing {run.cfg.batch_test} chips")
+        episodes, results = meta_test(run)
+        times.append(time.monotonic())
     write_json(folder / "results.json", results)
     for name, found in episodes.items():
         write_arrays(folder / f"chips_{name}.npz", found.measured)

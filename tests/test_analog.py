@@ -530,6 +530,8 @@ WRONG = (
     ("prog_0", 0.1),  # unknown
     ("name", "two words"),
     ("name", 3),
+    ("name", True),
+    ("name", None),
     ("law", "none"),
     ("read_offset", "0.1"),
     ("reset_std", None),

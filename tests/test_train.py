@@ -15,6 +15,7 @@ import network
 import train
 
 KEY = jax.random.key(3)
+start = train.start
 SMALL = {
     "n_h0": 7,
     "n_h1": 6,
@@ -27,10 +28,6 @@ SMALL = {
 
 def configured(**flags):
     return train.configure({**SMALL, **flags})
-
-
-def start(cfg, devices):
-    return train.start(cfg, devices)
 
 
 def close(a, b, tolerance=1e-5):
