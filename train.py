@@ -173,8 +173,8 @@ PRESETS = {
         "n_inner": 8,
         "n_bits": 3,
         "n_h0": 64,
-        "gain_out": 0.25,
-        "n_iter": 3000,
+        "gain_out": 0.15,
+        "n_iter": 4000,
     },
 }
 
