@@ -28,14 +28,12 @@ import os
 import platform
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.parse
 import uuid
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -51,9 +49,7 @@ import network
 from img import figures
 
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
-TEST_CHIPS = 64  # chips tested for a row of metrics.csv
 LOG = 1000  # meta-iterations between two lines of a log
-JOINING = 300  # s, to wait for other hosts
 LR_THETA = 0.1  # step of the optimizer for ln θ
 MOST_NORM = 3.0  # of an outer gradient, squared error per range of a conductance
 LR_SHARE = 0.1 / 11.9  # default of lr_out, share of the device's range: 0.1 µS on PCM
@@ -437,8 +433,14 @@ class Looks(NamedTuple):
     """What the tasks of a chip share: hidden crossbars never change, the readout not before
     a pulse."""
 
-    moments: list  # Moments of each read of the hidden crossbars, of one or n_inner
+    moments: (
+        Moments  # of each read of the hidden crossbars, one or n_inner, along axis 0
+    )
     readout: jax.Array  # [H], weights of the readout in the first look
+
+    def moments_of(self, k):
+        """Moments that look k uses."""
+        return jax.tree.map(lambda x: x[k % len(x)], self.moments)
 
 
 def look_at(key, cfg, device, chip, times):
@@ -450,8 +452,7 @@ def look_at(key, cfg, device, chip, times):
         return observe(moments_by_level, key, cfg, device, chip, t)[0]
 
     keys = jax.random.split(hidden_key, len(times.reads))
-    stacked = in_turn(look, (keys, times.reads))
-    moments = [Moments(*one) for one in zip(*stacked, strict=True)]
+    moments = in_turn(look, (keys, times.reads))
     first = network.read_readout(
         readout_key, device, chip.xbars.readout, times.reads[0]
     )
@@ -466,8 +467,7 @@ def adapt(key, meta, cfg, device, chip, looks, support, times):
         read_key, rule_key, pulse_key = jax.random.split(look_key, 3)
         if k > 0:
             w = network.read_readout(read_key, device, readouts[k], times.pulses[k])
-        moments = looks.moments[k % len(looks.moments)]
-        gradient = 2 * residual(moments, support, w)
+        gradient = 2 * residual(looks.moments_of(k), support, w)
         theta = jnp.exp(meta.log_theta[k])
         counts = RULES[cfg.rule](rule_key, cfg, gradient, theta)
         fired = analog.fire(
@@ -716,12 +716,6 @@ def episode(key, meta, cfg, device, make=analog.deploy):
     )
 
 
-def quick_episode(key, meta, cfg, device):
-    """Episode on a chip made as in meta-training: to program one takes longer than all the
-    rest."""
-    return episode(key, meta, cfg, device, partial(injected, cfg))
-
-
 @jax.jit(static_argnums=(0, 1, 2, 3))
 def test(experiment, cfg, device, n, key, meta):
     """experiment(key, meta, cfg, device) of n chips, arrays [n, ...]."""
@@ -758,13 +752,6 @@ def stop(message, status=2):
     raise SystemExit(status)
 
 
-def say(text):
-    """Print a line, even where its reader is gone or does not know its letters."""
-    encoding = sys.stdout.encoding or "utf-8"
-    with suppress(OSError):
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
-
-
 class Run(NamedTuple):
     """A run at one moment, all that it needs to go on."""
 
@@ -777,21 +764,15 @@ class Run(NamedTuple):
 
 
 def write(path, data):
-    """Put data into the file. A table that has grown is added to, so that tail -f follows
-    it; any other file is replaced as a whole: a reader, or a run killed at any moment,
-    finds the old or the new."""
+    """Put data into the file, which is replaced as a whole: a reader, or a run killed at
+    any moment, finds the old or the new."""
     if jax.process_index():  # of several hosts the first alone writes
         return
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = path.read_bytes() if path.exists() else b""
-        if known and data.startswith(known):
-            with path.open("ab") as file:
-                file.write(data[len(known) :])
-        else:
-            part.write_bytes(data)
-            os.replace(part, path)
+        part.write_bytes(data)
+        os.replace(part, path)
     except OSError as error:
         with suppress(OSError):
             part.unlink()
@@ -840,9 +821,10 @@ def by_name(state):
 
 
 def csv_of(rows):
-    """The bytes of a table of dictionaries that have the same keys."""
+    """The bytes of a table of dictionaries, by column."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0])
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(table, columns)
     writer.writeheader()
     writer.writerows(rows)
     return table.getvalue().encode()
@@ -1036,11 +1018,11 @@ def resumed(flags, folder):
     check(cfg, run.devices)
     if cfg.n_iter < run.step:
         stop(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
-    say(f"resuming {folder} after iteration {run.step}")
+    print(f"resuming {folder} after iteration {run.step}")
     now = provenance().items()
     changed = [name for name, x in now if run.versions.get(name) != x]
     if changed:
-        say(f"changed since {folder} was saved: {', '.join(changed)}")
+        print(f"changed since {folder} was saved: {', '.join(changed)}")
     return run._replace(cfg=cfg)
 
 
@@ -1088,18 +1070,11 @@ def assert_sound(run, row, folder):
 
 def row_of(run, measured):
     """The row of metrics.csv for a chunk whose means are measured, its values by column."""
-    cfg, meta, key = run.cfg, run.state.meta, stream(run.cfg, 2)
-    tested = test(quick_episode, cfg, run.devices[0], TEST_CHIPS, key, meta)
-    errors = summary(tested.measured["mse"])
-    thresholds = np.exp(np.median(meta.log_theta, 1))
+    thresholds = np.exp(np.median(run.state.meta.log_theta, 1))
     return {
         "step": run.step,
         "loss": float(measured["loss"]),
         "pulses": float(measured["pulses"]),
-        "ttest": cfg.ttest,
-        "test_before": errors["mean"][0],
-        "test_mse": errors["mean"][-1],
-        "test_ci95": errors["ci95"][-1],
         **{f"rate{i}_hz": float(x) for i, x in enumerate(measured["rates"])},
         **{f"theta_{k}": float(x) for k, x in enumerate(thresholds)},
     }
@@ -1122,13 +1097,15 @@ def train(run, folder):
         assert_sound(run, row, folder)
         run = run._replace(rows=(*run.rows, row))
         save(run, folder)
-        found = f"loss {row['loss']:.3f}, test {row['test_mse']:.3f}"
+        found = f"loss {row['loss']:.3f}"
         bar.update(len(steps))
         bar.set_postfix_str(found)
         if bar.disable and last % LOG == 0:
             rate = (last - first) / (time.monotonic() - began)
             left = (cfg.n_iter - last) / rate
-            say(f"{last} of {cfg.n_iter}: {found}, {rate:.1f} per s, {left:.0f} s left")
+            print(
+                f"{last} of {cfg.n_iter}: {found}, {rate:.1f} per s, {left:.0f} s left"
+            )
     bar.close()
     return run
 
@@ -1153,15 +1130,15 @@ def meta_test(run):
 def report(results):
     """Say the table of results."""
     for what, error in results["yardsticks"].items():
-        say(f"  {'squared error of ' + what:<52}{error:9.3f}")
+        print(f"  {'squared error of ' + what:<52}{error:9.3f}")
     for name, found in results["devices"].items():
         n = found["mse"]["n"]
-        say(f"{n} tasks, each on its own chip of {name}; mean ± 95 % interval")
+        print(f"{n} tasks, each on its own chip of {name}; mean ± 95 % interval")
         for key, label in MEASURED.items():
             halves = np.ravel(found[key].get("ci95", []))
             for i, mean in enumerate(np.ravel(found[key]["mean"])):
                 interval = f" ± {halves[i]:.3f}" if len(halves) else ""
-                say(f"  {label.format(i):<52}{mean:9.3f}{interval}")
+                print(f"  {label.format(i):<52}{mean:9.3f}{interval}")
 
 
 def suffix_of(device):
@@ -1172,21 +1149,18 @@ def suffix_of(device):
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder and copy them to img/."""
     device = run.devices[0]
-    suffix = suffix_of(device)
     edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
-    drawn = {"meta_testing": figures.testing(edges, episodes[device.name], results)}
-    if run.rows:
-        yardsticks = results["yardsticks"]
-        drawn["meta_training"] = figures.training(run.rows, yardsticks, TEST_CHIPS)
-    else:  # that of an earlier run must not stand beside this one's
-        Path("img", f"meta_training{suffix}.png").unlink(missing_ok=True)
+    drawn = {
+        "meta_training": figures.training(run.rows, results["yardsticks"]),
+        "meta_testing": figures.testing(edges, episodes[device.name], results),
+    }
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}, {settings_of(run)}"
     for title, figure in drawn.items():
         image = figures.png(figure, note)
-        copy = Path("img", f"{title}{suffix}.png")
+        copy = Path("img", f"{title}{suffix_of(device)}.png")
         write(folder / f"{title}.png", image)
         write(copy, image)
-        say(f"figure in {copy}")
+        print(f"figure in {copy}")
 
 
 def cores():
@@ -1207,75 +1181,36 @@ def settings_of(run):
 def announce(run, folder):
     """Say what is about to run."""
     where = f"{jax.default_backend()} ({jax.device_count()} of JAX's devices"
-    say(f"meta-analog on {where}, {cores()} cores)")
-    say(f"run folder {folder}, settings: {settings_of(run)}")
-    say("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
-
-
-@contextmanager
-def compile_times():
-    """The seconds of each compilation from now on, a list that grows."""
-    found = []
-
-    def listen(event, seconds, **_):
-        if event.endswith("backend_compile_duration"):
-            found.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:  # another run in this process has a listener of its own
-        jax.monitoring.unregister_event_duration_listener(listen)
+    print(f"meta-analog on {where}, {cores()} cores)")
+    print(f"run folder {folder}, settings: {settings_of(run)}")
+    print("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
 
 
 def execute(run, folder):
     """Meta-train, meta-test, draw and report."""
     announce(run, folder)
     save(run, folder)
-    times = [time.monotonic()]
-    with compile_times() as compiling:
-        run = train(run, folder)
-        times.append(time.monotonic())
-        say(f"testing {run.cfg.batch_test} chips")
-        episodes, results = meta_test(run)
-        times.append(time.monotonic())
+    began = time.monotonic()
+    run = train(run, folder)
+    trained = time.monotonic()
+    print(f"training took {trained - began:.0f} s; testing {run.cfg.batch_test} chips")
+    episodes, results = meta_test(run)
+    print(f"testing took {time.monotonic() - trained:.0f} s")
     write_json(folder / "results.json", results)
     for name, found in episodes.items():
         write_arrays(folder / f"chips_{name}.npz", found.measured)
     report(results)
     draw(run, episodes, results, folder)
-    say(f"results and figures in {folder}/")
-    training, testing = np.diff(times)
-    say(
-        f"training took {training:.0f} s and testing {testing:.0f} s, "
-        f"of which XLA compiled for {sum(compiling):.0f} s"
-    )
-
-
-def reach(address):
-    """Wait until the coordinator of other hosts answers at HOST:PORT; without an answer XLA
-    aborts the process."""
-    place = urllib.parse.urlsplit(f"//{address}")
-    until = time.monotonic() + JOINING
-    while place.port and time.monotonic() < until:
-        with suppress(OSError):
-            return socket.create_connection((place.hostname, place.port), 5).close()
-        time.sleep(1)
-    raise RuntimeError(f"no coordinator answers at {address}")
+    print(f"results and figures in {folder}/")
 
 
 def join_hosts():
     """Join the other hosts, if their coordinator is named."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and not jax.distributed.is_initialized():
-        say(f"joining the hosts at {address}, for {JOINING} s if there is no answer")
-        place = [
-            os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        ]
-        n_hosts, host = [int(x) if x else None for x in place]
-        if host:  # 0 is the coordinator itself; a cluster's manager may know the number
-            reach(address)
-        jax.distributed.initialize(None, n_hosts, host, initialization_timeout=JOINING)
+        print(f"joining the hosts at {address}")
+        place = [os.environ.get(x) for x in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+        jax.distributed.initialize(None, *(int(x) if x else None for x in place))
 
 
 def configure_backend():
@@ -1301,8 +1236,6 @@ def configure_backend():
 
 def main(argv=None):
     """Run the command line."""
-    # The system's own default ends even a long computation at once.
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         configure_backend()
         execute(*prepare(argv))
@@ -1310,9 +1243,15 @@ def main(argv=None):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         stop("out of memory; try fewer tasks (--batch_train), chips or neurons", 1)
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
+
+
+def end_at_once():
+    """Let Ctrl-C, or a reader that has gone, end even a long computation at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
 
 
 if __name__ == "__main__":
+    end_at_once()
     main()

@@ -91,26 +91,18 @@ def mark_level(axes, level, label, above):
 
 
 @plain
-def training(rows, yardsticks, n_chips):
+def training(rows, yardsticks):
     """Figure of the errors against meta-iterations; rows of metrics.csv, yardsticks {label:
     error}."""
     figure, axes = empty(4.2)
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    step = columns["step"]
-    style = {"marker": "o" if len(rows) < 4 else ""}  # a line of one point is none
-    label = "test, before adaptation"
-    axes.plot(step, columns["test_before"], "--", color=BEFORE, label=label, **style)
-    axes.plot(step, columns["loss"], "-.", color=LATE, label="outer loss", **style)
-    style |= {"color": AFTER, "ls": "-"}
-    label = f"test, after adaptation ({n_chips} chips, 95 %)"
-    band(axes, step, columns["test_mse"], columns["test_ci95"], label=label, **style)
-    for k in np.flatnonzero(np.diff(columns["ttest"])):
-        label = f"from here tested at {columns['ttest'][k + 1]:g} s"
-        axes.axvline(step[k], color=OTHER, ls=":", label=label)
+    step = [row["step"] for row in rows]
+    loss = [row["loss"] for row in rows]
+    axes.plot(step, loss, ".-", color=AFTER, label="outer loss")
     for label, level in yardsticks.items():
         mark_level(axes, level, label, above=level == max(yardsticks.values()))
-    axes.set(xlabel="meta-iteration", ylabel="mean squared error", yscale="log")
-    axes.set_xlim(0, max(step[-1] * 1.02, 1))
+    label = "mean squared error of new tasks"
+    axes.set(xlabel="meta-iteration", ylabel=label, yscale="log")
+    axes.set_xlim(left=0)
     plain_ticks(axes.yaxis)
     legend_above(axes, 3)
     return figure
@@ -119,18 +111,12 @@ def training(rows, yardsticks, n_chips):
 def show_task(axes, edges, curves, x, y):
     """Draw one task, the output before and after adaptation, each level between its edges,
     and the samples x, y of the task."""
-    truth, before, after = curves
-    axes.stairs(truth, edges, baseline=None, color=TRUTH, lw=1, label="task")
-    axes.stairs(
-        before,
-        edges,
-        baseline=None,
-        color=BEFORE,
-        ls="--",
-        lw=1.6,
-        label="output before",
-    )
-    axes.stairs(after, edges, baseline=None, color=AFTER, lw=2.2, label="output after")
+    labels = "task", "output before", "output after"
+    colors, widths, dashes = (TRUTH, BEFORE, AFTER), (1, 1.6, 2.2), ("-", "--", "-")
+    looks = zip(curves, labels, colors, widths, dashes, strict=True)
+    for values, label, color, lw, ls in looks:
+        style = {"color": color, "lw": lw, "ls": ls}
+        axes.stairs(values, edges, baseline=None, label=label, **style)
     axes.plot(x, y, "o", color=LATE, ms=4.5, label="samples seen")
     axes.set_xlim(edges[0], edges[-1])
 

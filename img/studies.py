@@ -253,7 +253,7 @@ def regression(key, meta, cfg, device):
     chip, trial = new_chip(chip_key, meta, cfg, device)
     times = train.times_of_test(cfg, cfg.tread)
     looks = train.look_at(look_key, cfg, device, chip, times)
-    second, first = quadratic(looks.moments[0], trial.support)
+    second, first = quadratic(looks.moments_of(0), trial.support)
     query = moments_at(query_key, cfg, device, chip, times.query)
     eye = jnp.eye(len(first))
     error = partial(train.squared_error, query, trial.query)
@@ -406,8 +406,9 @@ def limits(n, run):
     for label, device in {"as it is": None, **others_of(run.devices[0])}.items():
         mse = tested(train.episode, n, run, device).measured["mse"]
         found[label] = show(label, mse[:, -1])
-    exact = run._replace(cfg=dataclasses.replace(run.cfg, off_noise=0.0))
-    mse = tested(train.quick_episode, n, exact).measured["mse"]
+    exact = dataclasses.replace(run.cfg, off_noise=0.0)
+    programmed = partial(train.episode, make=partial(train.injected, exact))
+    mse = tested(programmed, n, run).measured["mse"]
     others = {"no programming error": mse[:, -1], **tested(regression, n, run)}
     found |= {label: show(label, errors) for label, errors in others.items()}
     return found, figures.bars({"after adaptation": found})
@@ -443,7 +444,7 @@ def moves(key, meta, cfg, device):
     moved = analog.weights(device, readouts[-1].g - readouts[0].g)[:, 0]
     fired = jnp.any(sum(pulses) > 0, 0)[:, 0]
     looks = train.look_at(look_key, cfg, device, chip, times)
-    moments = looks.moments[0]
+    moments = looks.moments_of(0)
     second, _ = quadratic(moments, trial.support)
     rate = 0.5 / jnp.maximum(jnp.linalg.eigvalsh(second)[-1], 1e-6)
 
@@ -465,9 +466,6 @@ def updates(n, run):
     numbers, drawn = {}, {}
     for label, sizes in tested(moves, n, run).items():
         positive = sizes[sizes > 0]
-        if not len(positive):
-            print(f"  no {label}: nothing was moved")
-            continue
         low, median, high = np.quantile(positive, (0.05, 0.5, 0.95)).tolist()
         numbers[label] = {"median": median, "quantiles 0.05, 0.95": [low, high]}
         drawn[label] = positive

@@ -95,7 +95,11 @@ def quick_chunk(cfg, devices, state, key, steps):
     number."""
     time.sleep(0.02)
     moves = [jax.random.uniform(jax.random.fold_in(key, step)) for step in steps]
-    measured = {"loss": float(sum(moves)), "rates": np.full(2, 100.0), "pulses": 3.0}
+    measured = {
+        "loss": float(sum(moves)),
+        "pulses": 3.0,
+        "rates": np.full(2, 100.0),
+    }
     return jax.tree.map(lambda x: x + np.float32(sum(moves)), state), measured
 
 
@@ -131,4 +135,5 @@ def quick_main():
     """train.py with stand-ins, for a subprocess."""
     for name, stand_in in QUICK.items():
         setattr(train, name, stand_in)
+    train.end_at_once()
     train.main()

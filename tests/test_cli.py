@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import signal
-import socket
 import time
 
 import jax
@@ -36,8 +35,8 @@ REAL = ["--device", RERAM]
 def whole(tmp_path_factory):
     """The folder in which a process has run in one go, and what it printed."""
     folder = tmp_path_factory.mktemp("a path with späces")
-    command = "import train; train.CHUNK = 2; train.main()"
-    process = launch(folder, "-c", command, *TINY, *REAL)
+    command = "import train; train.CHUNK = 2; train.end_at_once(); train.main()"
+    process = launch(folder, "-c", command, *TINY, *REAL, PYTHONIOENCODING="ascii")
     out, err = process.communicate(timeout=400)
     assert (process.returncode, err) == (0, "")  # no progress bar in a log
     return folder, out
@@ -70,6 +69,7 @@ def test_from_start_to_figures(whole):
     folder, out = whole
     assert_complete(folder / "run" / "reram", out, 1)
     assert_figures(folder, "_reram")
+    assert "mean ? 95 % interval" in out  # on a terminal that lacks the sign
     g = arrays(folder / "run" / "reram")["readout"]
     assert g.min() >= 2 and g.max() <= 100
 
@@ -358,58 +358,20 @@ def test_too_little_memory_is_one_line(quick, monkeypatch):
 # ---- surroundings --------------------------------------------------------------------------------
 
 
-class Closed(io.StringIO):
-    """Standard output whose reader has gone."""
-
-    def write(self, text):
-        raise BrokenPipeError
-
-
-def test_an_output_without_reader_or_letters_loses_nothing(quick):
-    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
-    for name, output in (("closed", Closed()), ("ascii", ascii_only)):
-        with contextlib.redirect_stdout(output):
-            train.main([*TINY, "--run_dir", name])
-        assert set(FILES) <= {path.name for path in (quick / name).iterdir()}
-    ascii_only.seek(0)
-    assert "mean ? 95 % interval" in ascii_only.read()
-
-
 def test_a_log_has_lines(quick, monkeypatch):
     monkeypatch.setattr(train, "LOG", 4)
     _, out, _ = call()
-    line = r"4 of 6: loss \d\.\d{3}, test \d\.\d{3}, \d+\.\d per s, \d+ s left"
+    line = r"4 of 6: loss \d\.\d{3}, \d+\.\d per s, \d+ s left"
     assert re.search(line, out)
-    spent = r"training took \d+ s and testing \d+ s, of which XLA compiled for \d+ s"
-    assert re.search(spent, out)
+    assert re.search(r"training took \d+ s", out) and re.search(
+        r"testing took \d+ s", out
+    )
 
 
-def test_rows_are_added_to_metrics_csv(tmp_path):
-    """tail -f keeps a file open: it sees the new rows alone, and a cut row is completed."""
-    path = tmp_path / "metrics.csv"
-    train.write(path, b"step\n1\n")
-    with path.open("rb") as reader:
-        reader.read()
-        train.write(path, b"step\n1\n22\n")
-        assert reader.read() == b"22\n"
-    path.write_bytes(b"step\n1\n2")
-    train.write(path, b"step\n1\n22\n")
-    assert path.read_bytes() == b"step\n1\n22\n"
-    train.write(path, b"step\n1\n")  # as a resume from before that row
-    assert path.read_bytes() == b"step\n1\n"
-
-
-def test_a_coordinator_that_does_not_answer_is_one_line(quick, monkeypatch):
-    monkeypatch.setattr(train, "JOINING", 0.5)
-    with socket.socket() as closed:  # bound, but it does not listen
-        closed.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{closed.getsockname()[1]}"
-        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
-        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-        monkeypatch.setenv("JAX_PROCESS_ID", "1")
-        status, out, err = call()
-    assert status == 2 and f"joining the hosts at {address}" in out
-    assert err == f"error: JAX cannot start: no coordinator answers at {address}\n"
+def test_a_table_has_the_columns_of_all_its_rows():
+    """A run that other code began goes on with other columns."""
+    table = train.csv_of([{"step": 1, "old": 2}, {"step": 3, "new": 4}])
+    assert table.split() == [b"step,old,new", b"1,2,", b"3,,4"]
 
 
 def test_a_platform_that_is_absent_is_one_line(tmp_path):

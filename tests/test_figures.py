@@ -15,39 +15,16 @@ KEY = jax.random.key(5)
 YARDSTICKS = {"predicting 0": 4.2, "best function that ignores the task": 3.0}
 
 
-def rows(n, **columns):
+def rows(n):
     """Rows of metrics.csv with errors that fall."""
-    return [
-        {
-            "step": 200 * (k + 1),
-            "loss": 24.8 / (k + 1),
-            "test_before": 30.0,
-            "test_mse": 24.0 / (k + 1),
-            "test_ci95": 1.0,
-            "ttest": 251.0,
-            **columns,
-        }
-        for k in range(n)
-    ]
+    return [{"step": 200 * k, "loss": 24.0 / k} for k in range(1, n + 1)]
 
 
 @pytest.mark.parametrize("n", [1, 5])
 def test_the_axes_of_training_show_all_data(n):
-    figure = figures.training(rows(n), YARDSTICKS, 64)
+    figure = figures.training(rows(n), YARDSTICKS)
     low, high = figure.axes[0].get_ylim()
-    assert low <= 3.0 and high >= 30.0 and low <= 24.0 / n
-
-
-def test_a_new_time_of_the_test_is_marked():
-    both = rows(2) + rows(2, ttest=1e6)
-    labels = (
-        figures.training(both, YARDSTICKS, 64).axes[0].get_legend_handles_labels()[1]
-    )
-    assert "from here tested at 1e+06 s" in labels
-    figure = figures.training(rows(2), YARDSTICKS, 64)
-    assert not any(
-        "tested at" in x for x in figure.axes[0].get_legend_handles_labels()[1]
-    )
+    assert low <= 3.0 and high >= 24.0 and low <= 24.0 / n
 
 
 def test_the_axes_of_testing_show_all_data():
@@ -66,7 +43,7 @@ def test_the_axes_of_testing_show_all_data():
 
 def test_settings_of_the_users_matplotlib_have_no_say():
     with matplotlib.rc_context({"text.usetex": True, "font.family": "nowhere"}):
-        figure = figures.training(rows(3), YARDSTICKS, 64)
+        figure = figures.training(rows(3), YARDSTICKS)
         assert figures.png(figure, "run/pcm, seed 0")[:4] == b"\x89PNG"
 
 

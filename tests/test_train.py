@@ -262,7 +262,7 @@ def test_meta_training_reads_hidden_crossbars_once_and_the_test_at_every_look(
         raise StopIteration
 
     monkeypatch.setattr(train, "look_at", look_at)
-    for run in (train.quick_episode, functools.partial(train.meta_loss, n_tasks=2)):
+    for run in (train.episode, functools.partial(train.meta_loss, n_tasks=2)):
         with pytest.raises(StopIteration):
             run(KEY, meta, cfg, devices[0])
     assert reads[0] == [100.0, 102.0, 103.0] and len(reads[1]) == 1
