@@ -161,7 +161,7 @@ PRESETS = {
     # four looks at the error instead of one
     "four_looks": {"n_inner": 4, "gain_out": 0.7, "twait": 150.0},
     # what one would put on a real chip: six looks, trained on two pulse laws
-    "chip": {**CHIP, "n_inner": 6, "gain_out": 0.7, "n_iter": 3000},
+    "chip": {**CHIP, "n_inner": 6, "gain_out": 0.4, "max_age": 1e7, "n_iter": 3000},
     # the same with more neurons, eight looks and 3 bits
     "chip_wide": {
         **CHIP,
