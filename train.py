@@ -153,7 +153,6 @@ CHIP = {
     "batch_train": 128,
     "twait": 150.0,
     "dac_bits": 6,  # half the levels of the default, half the time
-    "max_age": 1e6,
 }
 PRESETS = {
     # more synapses at the readout, one look
@@ -162,7 +161,7 @@ PRESETS = {
     "four_looks": {"n_inner": 4, "gain_out": 0.7, "twait": 150.0},
     # what one would put on a real chip: six looks, trained on two pulse laws
     "chip": {**CHIP, "n_inner": 6, "gain_out": 0.4, "max_age": 1e7, "n_iter": 3000},
-    # the same with more neurons, eight looks and 3 bits
+    # less error with more neurons, eight looks and 3 bits
     "chip_wide": {
         **CHIP,
         **WIDE,
@@ -170,6 +169,7 @@ PRESETS = {
         "n_bits": 3,
         "n_h0": 64,
         "gain_out": 0.15,
+        "max_age": 1e6,
         "n_iter": 4000,
     },
 }
@@ -433,12 +433,11 @@ class Looks(NamedTuple):
     """What the tasks of a chip share: hidden crossbars never change, the readout not before
     a pulse."""
 
-    moments: (
-        Moments  # of each read of the hidden crossbars, one or n_inner, along axis 0
-    )
+    # of each read of the hidden crossbars, one or n_inner, stacked along axis 0
+    moments: Moments
     readout: jax.Array  # [H], weights of the readout in the first look
 
-    def moments_of(self, k):
+    def moments_at(self, k):
         """Moments that look k uses."""
         return jax.tree.map(lambda x: x[k % len(x)], self.moments)
 
@@ -467,7 +466,7 @@ def adapt(key, meta, cfg, device, chip, looks, support, times):
         read_key, rule_key, pulse_key = jax.random.split(look_key, 3)
         if k > 0:
             w = network.read_readout(read_key, device, readouts[k], times.pulses[k])
-        gradient = 2 * residual(looks.moments_of(k), support, w)
+        gradient = 2 * residual(looks.moments_at(k), support, w)
         theta = jnp.exp(meta.log_theta[k])
         counts = RULES[cfg.rule](rule_key, cfg, gradient, theta)
         fired = analog.fire(
@@ -821,7 +820,7 @@ def by_name(state):
 
 
 def csv_of(rows):
-    """The bytes of a table of dictionaries, by column."""
+    """The bytes of a table of dictionaries by column, empty where a row lacks a value."""
     table = io.StringIO()
     columns = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(table, columns)
@@ -1150,10 +1149,9 @@ def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder and copy them to img/."""
     device = run.devices[0]
     edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
-    drawn = {
-        "meta_training": figures.training(run.rows, results["yardsticks"]),
-        "meta_testing": figures.testing(edges, episodes[device.name], results),
-    }
+    drawn = {"meta_testing": figures.testing(edges, episodes[device.name], results)}
+    if run.rows:
+        drawn["meta_training"] = figures.training(run.rows, results["yardsticks"])
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}, {settings_of(run)}"
     for title, figure in drawn.items():
         image = figures.png(figure, note)

@@ -53,8 +53,8 @@ def band(axes, x, mean, half, **style):
     band."""
     mean, half = map(np.asarray, (mean, half))
     (line,) = axes.plot(x, mean, ms=4, **style)
-    low = np.maximum(mean - half, mean / 10)  # a logarithmic axis has no 0
-    axes.fill_between(x, low, mean + half, color=line.get_color(), alpha=0.25, lw=0)
+    shade = {"color": line.get_color(), "alpha": 0.25, "lw": 0}
+    axes.fill_between(x, mean - half, mean + half, **shade)
 
 
 def legend_above(axes, n_columns):
@@ -92,12 +92,12 @@ def mark_level(axes, level, label, above):
 
 @plain
 def training(rows, yardsticks):
-    """Figure of the errors against meta-iterations; rows of metrics.csv, yardsticks {label:
-    error}."""
+    """Figure of the error after adaptation against meta-iterations; rows of metrics.csv,
+    yardsticks {label: error}."""
     figure, axes = empty(4.2)
     step = [row["step"] for row in rows]
     loss = [row["loss"] for row in rows]
-    axes.plot(step, loss, ".-", color=AFTER, label="outer loss")
+    axes.plot(step, loss, ".-", color=AFTER, label="after adaptation")
     for label, level in yardsticks.items():
         mark_level(axes, level, label, above=level == max(yardsticks.values()))
     label = "mean squared error of new tasks"

@@ -253,7 +253,7 @@ def regression(key, meta, cfg, device):
     chip, trial = new_chip(chip_key, meta, cfg, device)
     times = train.times_of_test(cfg, cfg.tread)
     looks = train.look_at(look_key, cfg, device, chip, times)
-    second, first = quadratic(looks.moments_of(0), trial.support)
+    second, first = quadratic(looks.moments_at(0), trial.support)
     query = moments_at(query_key, cfg, device, chip, times.query)
     eye = jnp.eye(len(first))
     error = partial(train.squared_error, query, trial.query)
@@ -444,7 +444,7 @@ def moves(key, meta, cfg, device):
     moved = analog.weights(device, readouts[-1].g - readouts[0].g)[:, 0]
     fired = jnp.any(sum(pulses) > 0, 0)[:, 0]
     looks = train.look_at(look_key, cfg, device, chip, times)
-    moments = looks.moments_of(0)
+    moments = looks.moments_at(0)
     second, _ = quadratic(moments, trial.support)
     rate = 0.5 / jnp.maximum(jnp.linalg.eigvalsh(second)[-1], 1e-6)
 
@@ -466,6 +466,9 @@ def updates(n, run):
     numbers, drawn = {}, {}
     for label, sizes in tested(moves, n, run).items():
         positive = sizes[sizes > 0]
+        if not len(positive):
+            print(f"  no {label}: nothing was moved")
+            continue
         low, median, high = np.quantile(positive, (0.05, 0.5, 0.95)).tolist()
         numbers[label] = {"median": median, "quantiles 0.05, 0.95": [low, high]}
         drawn[label] = positive

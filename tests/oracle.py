@@ -1,5 +1,4 @@
-"""The network in its plain form, which the tests take as their oracle and the benchmark as its
-yardstick."""
+"""The network in its plain form, the oracle of the tests."""
 
 from functools import partial
 
