@@ -1100,11 +1100,9 @@ def train(run, folder):
         bar.update(len(steps))
         bar.set_postfix_str(found)
         if bar.disable and last % LOG == 0:
-            rate = (last - first) / (time.monotonic() - began)
-            left = (cfg.n_iter - last) / rate
-            print(
-                f"{last} of {cfg.n_iter}: {found}, {rate:.1f} per s, {left:.0f} s left"
-            )
+            each = (time.monotonic() - began) / (last - first)
+            left = each * (cfg.n_iter - last)
+            print(f"{last} of {cfg.n_iter}: {found}, {left:.0f} s left")
     bar.close()
     return run
 

@@ -191,16 +191,7 @@ def laws(name, panels):
     for ax, (xlabel, ylabel, x, law, samples) in zip(axes.flat, panels, strict=True):
         samples = samples.reshape(-1, len(x))
         mean, std = np.mean(samples, 0), np.std(samples, 0)
-        ax.fill_between(
-            x,
-            mean - std,
-            mean + std,
-            color=AFTER,
-            alpha=0.3,
-            lw=0,
-            label="simulated, ± 1 std",
-        )
-        ax.plot(x, mean, color=AFTER, ls="--", label="simulated, mean")
+        band(ax, x, mean, std, color=AFTER, ls="--", label="simulated, mean ± std")
         ax.plot(x, law, color=TRUTH, lw=1, label="law without noise")
         ax.set(xlabel=xlabel, ylabel=ylabel)
     axes[0, 0].xaxis.get_major_locator().set_params(integer=True)

@@ -186,7 +186,7 @@ def lives(key, meta, cfg, device, policy):
     return jax.lax.scan(task, chip.xbars.readout, tasks)[1]
 
 
-SPANS = (1, 1), (2, 10), (11, 20), (21, 30), (31, 40), (41, N_LIFE)
+SPANS = (1, 1), (2, 10), (41, N_LIFE)
 
 
 def show_wear(what, counts):
