@@ -23,7 +23,6 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-LEAST = 1e-4  # the lowest error that a logarithmic axis shows
 
 plain = matplotlib.style.context(
     ["default", STYLE]
@@ -134,15 +133,13 @@ def mark_mean(axes, x, height, text, color):
         textcoords="offset points",
         ha="right",
         va="top",
-        bbox={"fc": "white", "ec": "none", "pad": 1, "alpha": 0.8},
+        bbox={"fc": "white", "ec": "none", "pad": 1},
     )
 
 
 def show_errors(axes, before, after, n_pulses):
     """Draw the distributions of the errors [n] of chips before and after adaptation, means
     marked."""
-    before = np.maximum(before, LEAST)
-    after = np.maximum(after, LEAST)
     low = min(before.min(), after.min(), after.mean() / 20)
     high = 1.1 * max(before.max(), after.max())
     n_bins = int(np.clip(2 * len(before) ** 0.5, 8, 40))

@@ -47,7 +47,8 @@ def simulate(device):
 
 
 def report(device, done):
-    """Print what programming takes and leaves by range of targets."""
+    """Print what programming takes, 0 where that is not known, and leaves by range of
+    targets."""
     targets = targets_of(device)
     print(f"{device.name}: programming, mean of {2 * N} devices a target")
     print("  targets (µS)     SET pulses    RESETs     reads   rms error (µS)")
@@ -56,8 +57,6 @@ def report(device, done):
         rms = np.sqrt(np.mean((done.xbar.g - targets)[..., part] ** 2))
         span = f"{targets[part[0]]:5.2f} to {targets[part[-1]]:5.2f}"
         print(f"  {span}{pulses:14.1f}{resets:10.2f}{reads:10.1f}{rms:17.3f}")
-    if not np.any(done.reads):
-        print("  (an error as its law has it; the pulses of that are not known)")
 
 
 def draw(device, steps, aged, noise, done):

@@ -7,7 +7,7 @@ chips     one network on new, old, used and faulty chips of all devices
 drift     how a task that was learned ages, and how an old chip learns
 life      50 tasks in sequence on one chip, with four ways to keep its readout
 limits    what is left of the error on other devices; bounds of any rule
-updates   sizes of pulses against those of gradient descent and Adam
+updates   sizes of pulses against those of steps of Adam
 
 RUN is the folder of a run. All devices are those of the run and the built-in ones of the same
 g_max, but for the ideal one. To compare settings, train a network with each of them.
@@ -417,26 +417,20 @@ def limits(n, run):
 # ---- updates -------------------------------------------------------------------------------------
 
 
-def walk(direction, memory, size, w, gradient):
-    """|ΔW| [100, H] of the steps that a direction of an optimizer takes from weights w."""
+def walk(w, gradient):
+    """|ΔW| [100, H] of the steps that Adam at 10⁻³ takes from weights w [H]."""
 
     def one(state, step):
         w, memory = state
-        move, memory = direction(step, gradient(w), memory)
-        return (w + size * move, memory), size * jnp.abs(move)
+        move, memory = train.adam(step, gradient(w), memory)
+        return (w + 1e-3 * move, memory), 1e-3 * jnp.abs(move)
 
-    return jax.lax.scan(one, (w, memory), jnp.arange(100.0))[1]
-
-
-def descent(step, gradient, memory):
-    """Direction of gradient descent."""
-    return -gradient, memory
+    return jax.lax.scan(one, (w, train.adam_start(w)), jnp.arange(100.0))[1]
 
 
 def moves(key, meta, cfg, device):
-    """|ΔW| of one adaptation's pulses [H], 0 where there was none, and of 100 steps of
-    gradient descent at half of the largest stable rate and of Adam at 10⁻³ on the same
-    task, [100, H]."""
+    """|ΔW| of one adaptation's pulses [H], 0 where there was none, and of 100 steps of Adam
+    on the same task [100, H]."""
     chip_key, learn_key, look_key = jax.random.split(key, 3)
     chip, trial = new_chip(chip_key, meta, cfg, device)
     times = train.times_of_test(cfg, cfg.tread)
@@ -444,33 +438,25 @@ def moves(key, meta, cfg, device):
     moved = analog.weights(device, readouts[-1].g - readouts[0].g)[:, 0]
     fired = jnp.any(sum(pulses) > 0, 0)[:, 0]
     looks = train.look_at(look_key, cfg, device, chip, times)
-    moments = looks.moments_at(0)
-    second, _ = quadratic(moments, trial.support)
-    rate = 0.5 / jnp.maximum(jnp.linalg.eigvalsh(second)[-1], 1e-6)
 
     def gradient(w):
-        return 2 * train.residual(moments, trial.support, w)
+        return 2 * train.residual(looks.moments_at(0), trial.support, w)
 
-    w = looks.readout
     return {
         "meta-learned pulses": jnp.where(fired, jnp.abs(moved), 0.0),
-        "gradient descent, half the largest stable rate": walk(
-            descent, 0.0, rate, w, gradient
-        ),
-        "Adam at 0.001": walk(train.adam, train.adam_start(w), 1e-3, w, gradient),
+        "Adam at 0.001": walk(looks.readout, gradient),
     }
 
 
 def updates(n, run):
-    """Sizes of pulses against those of gradient descent and Adam."""
+    """Sizes of pulses against those of steps of Adam."""
     numbers, drawn = {}, {}
     for label, sizes in tested(moves, n, run).items():
         positive = sizes[sizes > 0]
         if not len(positive):
-            print(f"  no {label}: nothing was moved")
-            continue
+            continue  # nothing was moved
         low, median, high = np.quantile(positive, (0.05, 0.5, 0.95)).tolist()
-        numbers[label] = {"median": median, "quantiles 0.05, 0.95": [low, high]}
+        numbers[label] = {"quantiles 0.05, 0.5, 0.95": [low, median, high]}
         drawn[label] = positive
         print(
             f"  |ΔW| of {label:<48} median {median:.1e}, 90 % from {low:.1e} to {high:.1e}"
@@ -510,10 +496,10 @@ def main(argv=None):
     given = parse(argv)
     runs = [train.load(folder) for folder in given.runs]
     numbers, figure = STUDIES[given.study](given.n, *runs)
-    name = given.study + train.suffix_of(runs[0].devices[0])
-    train.write(given.out / f"{name}.png", figures.png(figure))
-    train.write_json(given.out / f"{name}.json", numbers)
-    print(f"figure in {given.out / name}.png, numbers in {given.out / name}.json")
+    path = given.out / (given.study + train.suffix_of(runs[0].devices[0]))
+    train.write(path.with_suffix(".png"), figures.png(figure))
+    train.write_json(path.with_suffix(".json"), numbers)
+    print(f"figure in {path}.png, numbers in {path}.json")
 
 
 if __name__ == "__main__":
