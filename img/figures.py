@@ -271,7 +271,7 @@ def histograms(samples, xlabel):
     for label, values in samples.items():
         counts, _ = np.histogram(values, edges)
         share = counts / len(values)
-        axes.step(edges[1:], share, where="pre", marker="", lw=1.8, label=label)
+        axes.step(edges[1:], share, where="pre", marker="", label=label)
     axes.set(xscale="log", xlabel=xlabel, ylabel="share of the steps")
     legend_above(axes, 3)
     return figure
