@@ -28,9 +28,11 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import uuid
 import warnings
 from contextlib import suppress
@@ -50,6 +52,7 @@ from img import figures
 
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
 LOG = 1000  # meta-iterations between two lines of a log
+JOINING = 300  # s, to wait for other hosts
 LR_THETA = 0.1  # step of the optimizer for ln θ
 MOST_NORM = 3.0  # of an outer gradient, squared error per range of a conductance
 LR_SHARE = 0.1 / 11.9  # default of lr_out, share of the device's range: 0.1 µS on PCM
@@ -1146,14 +1149,17 @@ def suffix_of(device):
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder and copy them to img/."""
     device = run.devices[0]
+    suffix = suffix_of(device)
     edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
     drawn = {"meta_testing": figures.testing(edges, episodes[device.name], results)}
     if run.rows:
         drawn["meta_training"] = figures.training(run.rows, results["yardsticks"])
+    else:  # that of an earlier run must not stand beside this one's
+        Path("img", f"meta_training{suffix}.png").unlink(missing_ok=True)
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}, {settings_of(run)}"
     for title, figure in drawn.items():
         image = figures.png(figure, note)
-        copy = Path("img", f"{title}{suffix_of(device)}.png")
+        copy = Path("img", f"{title}{suffix}.png")
         write(folder / f"{title}.png", image)
         write(copy, image)
         print(f"figure in {copy}")
@@ -1200,13 +1206,30 @@ def execute(run, folder):
     print(f"results and figures in {folder}/")
 
 
+def reach(address):
+    """Wait until the coordinator of other hosts answers at HOST:PORT; without an answer XLA
+    aborts the process."""
+    place = urllib.parse.urlsplit(f"//{address}")
+    until = time.monotonic() + JOINING
+    while place.port and time.monotonic() < until:
+        with suppress(OSError):
+            return socket.create_connection((place.hostname, place.port), 5).close()
+        time.sleep(1)
+    raise RuntimeError(f"no coordinator answers at {address}")
+
+
 def join_hosts():
     """Join the other hosts, if their coordinator is named."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and not jax.distributed.is_initialized():
-        print(f"joining the hosts at {address}")
-        place = [os.environ.get(x) for x in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-        jax.distributed.initialize(None, *(int(x) if x else None for x in place))
+        print(f"joining the hosts at {address}, for {JOINING} s if there is no answer")
+        place = [
+            os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        ]
+        n_hosts, host = [int(x) if x else None for x in place]
+        if host:  # 0 is the coordinator itself; a cluster's manager may know the number
+            reach(address)
+        jax.distributed.initialize(None, n_hosts, host, initialization_timeout=JOINING)
 
 
 def configure_backend():
