@@ -424,29 +424,32 @@ def changed(xbar, mask, **fields):
     return xbar._replace(**new)
 
 
-def set_pulse(key, device, xbar, amount, t):
-    """Crossbar after one SET pulse at time t (s). amount [2, rows, cols] is 1 where it is
-    fired and 0 where it is not, or the share of a pulse; it passes a gradient."""
+def pulse(key, device, xbar, amount, is_reset, t):
+    """Crossbar after one pulse of each device at time t (s): a RESET where is_reset [2, rows,
+    cols], else SET. amount is 1 where it is fired and 0 where it is not, or the share of a
+    SET pulse; it passes a gradient."""
     noise_key, nu_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, xbar.g.shape)
     amount = jnp.where(xbar.free, amount, 0.0)
     p = xbar.p * math.exp(-1 / device.history_decay)
-    noise = set_std(device, xbar.g, p) * jax.random.normal(noise_key, xbar.g.shape)
-    full = clip(
-        xbar.g + set_mean(device, xbar.g, p) + noise, device.g_min, device.g_max
-    )
-    g = xbar.g + amount * (full - xbar.g)
+    raised = xbar.g + set_mean(device, xbar.g, p) + set_std(device, xbar.g, p) * noise
+    erased = device.reset_mean + device.reset_std * noise
+    full = clip(jnp.where(is_reset, erased, raised), device.g_min, device.g_max)
+    g = (1 - amount) * xbar.g + amount * full
     nu = draw_nu(nu_key, device, g) if device.law.redraws_nu else xbar.nu
+    p = jnp.where(is_reset, 1.0, p)
     return changed(xbar, amount > 0, t_prog=t, nu=nu, p=p)._replace(g=g)
+
+
+def set_pulse(key, device, xbar, amount, t):
+    """Crossbar after a SET pulse at time t (s), or the share amount [2, rows, cols] of it."""
+    return pulse(key, device, xbar, amount, False, t)
 
 
 def reset(key, device, xbar, mask, t):
     """Crossbar after a RESET at time t (s) of the devices whose mask [2, rows, cols] is
     true."""
-    noise_key, nu_key = jax.random.split(key)
-    noise = device.reset_std * jax.random.normal(noise_key, xbar.g.shape)
-    g = jnp.clip(device.reset_mean + noise, device.g_min, device.g_max)
-    nu = draw_nu(nu_key, device, g) if device.law.redraws_nu else xbar.nu
-    return changed(xbar, mask, g=g, t_prog=t, nu=nu, p=1.0)
+    return pulse(key, device, xbar, mask.astype(float), True, t)
 
 
 def place(key, device, xbar, target, error_std, t):
@@ -465,7 +468,8 @@ def place(key, device, xbar, target, error_std, t):
 
 # Share of the range by which a verified device may miss: 0.4 µS on PCM.
 TOLERANCE = 0.4 / 11.9
-MAX_STEPS = 200  # of program-and-verify; only slow devices take more than a few dozen
+MAX_STEPS = 120  # of program-and-verify; only slow devices take more than a few dozen
+LAST_RESET = 80  # step; one that overshoots later would have no time to come back and stays
 
 
 def fabricate(key, device, target, error_std=0.0):
@@ -507,21 +511,22 @@ class Programmed(NamedTuple):
     reads: jax.Array  # verify reads, each t0 after a pulse
 
 
-def verify(key, device, target, state, unfinished, t):
+def verify(key, device, target, state, unfinished, may_reset, t):
     """Programmed after one verify step at time t (s) of the unfinished devices, and which
     are still unfinished. A device is finished when a read t0 after its pulse is within the
-    tolerance of its target (µS); else it gets a SET pulse, or a RESET if it has overshot.
-    Programming takes no simulated time: all of its pulses carry the time t."""
-    read_key, reset_key, set_key = jax.random.split(key, 3)
+    tolerance of its target (µS); else it gets a SET pulse, or a RESET if it has overshot
+    and may_reset. Programming takes no simulated time: all of its pulses carry the time t."""
+    read_key, pulse_key = jax.random.split(key)
     reads = state.reads + unfinished.astype(int)
     error = measure(read_key, device, state.xbar, t + device.t0) - target
     unfinished = unfinished & (jnp.abs(error) > TOLERANCE * span(device))
-    over = unfinished & (error > 0)
+    over = unfinished & (error > 0) & may_reset
     under = unfinished & (error < 0)
-    xbar = reset(reset_key, device, state.xbar, over, t)
-    xbar = set_pulse(set_key, device, xbar, under.astype(target.dtype), t)
+    unfinished = over | under
+    xbar = pulse(pulse_key, device, state.xbar, unfinished.astype(float), over, t)
     pulses = state.pulses + under.astype(int)
-    return Programmed(xbar, pulses, state.resets + over.astype(int), reads), unfinished
+    resets = state.resets + over.astype(int)
+    return Programmed(xbar, pulses, resets, reads), unfinished
 
 
 def program_by_pulses(key, device, xbar, target, t):
@@ -539,7 +544,9 @@ def program_by_pulses(key, device, xbar, target, t):
     def step_on(carry):
         step, state, unfinished = carry
         step_key = jax.random.fold_in(loop_key, step)
-        return step + 1, *verify(step_key, device, target, state, unfinished, t)
+        may_reset = step < LAST_RESET
+        done = verify(step_key, device, target, state, unfinished, may_reset, t)
+        return step + 1, *done
 
     return jax.lax.while_loop(goes_on, step_on, (0, start, every))[1]
 

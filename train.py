@@ -156,6 +156,7 @@ CHIP = {
     "batch_train": 128,
     "twait": 150.0,
     "dac_bits": 6,  # half the levels of the default, half the time
+    "max_age": 1e7,
 }
 PRESETS = {
     # more synapses at the readout, one look
@@ -163,7 +164,7 @@ PRESETS = {
     # four looks at the error instead of one
     "four_looks": {"n_inner": 4, "gain_out": 0.7, "twait": 150.0},
     # what one would put on a real chip: six looks, trained on two pulse laws
-    "chip": {**CHIP, "n_inner": 6, "gain_out": 0.4, "max_age": 1e7, "n_iter": 3000},
+    "chip": {**CHIP, "n_inner": 6, "gain_out": 0.4, "n_iter": 3000},
     # less error with more neurons, eight looks and 3 bits
     "chip_wide": {
         **CHIP,
@@ -172,7 +173,6 @@ PRESETS = {
         "n_bits": 3,
         "n_h0": 64,
         "gain_out": 0.15,
-        "max_age": 1e6,
         "n_iter": 4000,
     },
 }
