@@ -345,6 +345,21 @@ def test_program_counts_what_it_does():
     assert np.all(np.diff(pulses[:-1]) > 0)  # a higher target takes more
 
 
+def test_a_device_that_overshoots_late_stays():
+    """Without a RESET it is finished as it is; one that is too low still gets a SET."""
+    xbar = at(PCM, 6.0)
+    none = jnp.zeros(ONES.shape, int)
+    start = analog.Programmed(xbar, none, none, none)
+    for target, acts in ((3.0, False), (9.0, True)):
+        done, unfinished = analog.verify(
+            KEY, PCM, target * ONES, start, ONES > 0, False, 9.0
+        )
+        assert np.all(unfinished == acts)
+        assert np.all(done.pulses == int(acts))
+        assert np.all(done.resets == 0)
+        assert np.all((done.xbar.g != xbar.g) == acts)
+
+
 def test_program_as_published_is_unbiased():
     done = program(KEY, IBM, at(IBM, 1.0), 6 * ONES, 9.0)
     assert_law(done.xbar.g, 6.0, 12 / 25 * (0.26348 + 1.9650 / 2 - 1.1731 / 4))
