@@ -153,6 +153,7 @@ class Config:
 WIDE = {"n_h1": 128, "twait": 150.0, "batch_train": 128}
 CHIP = {
     "device": "pcm,pcm_history",
+    "n_inner": 8,
     "batch_train": 128,
     "twait": 150.0,
     "dac_bits": 6,  # half the levels of the default, half the time
@@ -163,13 +164,12 @@ PRESETS = {
     "wide": {**WIDE, "gain_out": 0.5, "n_iter": 1500},
     # four looks at the error instead of one
     "four_looks": {"n_inner": 4, "gain_out": 0.7, "twait": 150.0},
-    # what one would put on a real chip: six looks, trained on two pulse laws
-    "chip": {**CHIP, "n_inner": 6, "gain_out": 0.4, "n_iter": 3000},
-    # less error with more neurons, eight looks and 3 bits
+    # what one would put on a real chip: eight looks, trained on two pulse laws
+    "chip": {**CHIP, "gain_out": 0.35, "n_iter": 3000},
+    # less error with more neurons and 3 bits
     "chip_wide": {
         **CHIP,
         **WIDE,
-        "n_inner": 8,
         "n_bits": 3,
         "n_h0": 64,
         "gain_out": 0.15,
