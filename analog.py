@@ -469,7 +469,9 @@ def place(key, device, xbar, target, error_std, t):
 # Share of the range by which a verified device may miss: 0.4 µS on PCM.
 TOLERANCE = 0.4 / 11.9
 MAX_STEPS = 120  # of program-and-verify; only slow devices take more than a few dozen
-LAST_RESET = 80  # step; one that overshoots later would have no time to come back and stays
+# The first step without RESETs: a device that overshoots from here on stays where it is,
+# as there would be no time to come back.
+NO_RESET = 80
 
 
 def fabricate(key, device, target, error_std=0.0):
@@ -544,7 +546,7 @@ def program_by_pulses(key, device, xbar, target, t):
     def step_on(carry):
         step, state, unfinished = carry
         step_key = jax.random.fold_in(loop_key, step)
-        may_reset = step < LAST_RESET
+        may_reset = step < NO_RESET
         done = verify(step_key, device, target, state, unfinished, may_reset, t)
         return step + 1, *done
 
