@@ -521,9 +521,9 @@ def verify(key, device, target, state, unfinished, may_reset, t):
     read_key, pulse_key = jax.random.split(key)
     reads = state.reads + unfinished.astype(int)
     error = measure(read_key, device, state.xbar, t + device.t0) - target
-    unfinished = unfinished & (jnp.abs(error) > TOLERANCE * span(device))
-    over = unfinished & (error > 0) & may_reset
-    under = unfinished & (error < 0)
+    tolerance = TOLERANCE * span(device)
+    over = unfinished & (error > tolerance) & may_reset
+    under = unfinished & (error < -tolerance)
     unfinished = over | under
     xbar = pulse(pulse_key, device, state.xbar, unfinished.astype(float), over, t)
     pulses = state.pulses + under.astype(int)
