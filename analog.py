@@ -493,14 +493,14 @@ def fire(key, device, xbar, counts, n_most, t):
     each device; the last of them may be a part of a pulse. A count passes its gradient
     through its last pulse, and 0 through a first pulse that is not fired."""
 
-    def pulse(xbar, inputs):
+    def fire_one(xbar, inputs):
         key, n_fired = inputs
         counted = n_fired < jnp.maximum(counts, 1.0)
         amount = jnp.where(counted, clip(counts - n_fired, 0.0, 1.0), 0.0)
         return set_pulse(key, device, xbar, amount, t), None
 
     keys = jax.random.split(key, n_most)
-    return jax.lax.scan(pulse, xbar, (keys, jnp.arange(float(n_most))))[0]
+    return jax.lax.scan(fire_one, xbar, (keys, jnp.arange(float(n_most))))[0]
 
 
 class Programmed(NamedTuple):
