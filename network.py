@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 import analog
 
@@ -180,20 +181,21 @@ def simulate(dynamics, hidden, u):
     return e, jnp.stack(rates)
 
 
-def each(function, key, device, xs, *rest):
-    """[function(key, device, x, *rest)] of every x, each with a key of its own."""
-    keyed = zip(jax.random.split(key, len(xs)), xs, strict=True)
-    return [function(key, device, x, *rest) for key, x in keyed]
+def each(read, key, device, xbars, t):
+    """[read(key, device, crossbar, t)] of every crossbar, each with a key of its own."""
+    keys = jax.random.split(key, len(xbars))
+    return [read(key, device, xbar, t) for key, xbar in zip(keys, xbars, strict=True)]
 
 
 def assemble(key, device, make, g):
-    """Chip of the conductances g (µS), a Network of [2, rows, cols], each crossbar made by
-    make(key, device, conductances)."""
+    """Chip of the conductances g (µS), a Network of [2, rows, cols]; make(key, device, g)
+    makes all of its devices at once, from their conductances in one row."""
     make_key, read_key = jax.random.split(key)
-    *hidden, readout = each(make, make_key, device, [*g.hidden, g.readout])
-    reads = each(analog.read, read_key, device, hidden, device.t0)
-    reference = tuple(map(jnp.sum, reads))
-    return Chip(Network(tuple(hidden), readout), reference)
+    row, unravel = ravel_pytree(g)
+    made = make(make_key, device, row)
+    xbars = jax.tree.map(analog.Crossbar, *map(unravel, made))
+    reads = each(analog.read, read_key, device, xbars.hidden, device.t0)
+    return Chip(xbars, tuple(map(jnp.sum, reads)))
 
 
 def read_hidden(key, device, chip, t, compensate):

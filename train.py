@@ -55,7 +55,6 @@ LOG = 1000  # meta-iterations between two lines of a log
 JOINING = 300  # s, to wait for other hosts
 LR_THETA = 0.1  # step of the optimizer for ln θ
 MOST_NORM = 3.0  # of an outer gradient, squared error per range of a conductance
-LR_SHARE = 0.1 / 11.9  # default of lr_out, share of the device's range: 0.1 µS on PCM
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -113,9 +112,9 @@ class Config:
     gain_out: float = setting(1.0, "what one spike adds to its trace", (1e-3, 1e3))
     compensate: bool = setting(True, "drift compensation of the hidden crossbars")
     lr_out: float = setting(
-        None,
-        "step of the optimizer for conductances, µS (default: 0.84 %% of the range, 0.1 on pcm)",
-        (1e-6, 1e6),
+        0.0084,
+        "step of the optimizer for conductances, share of the device's range",
+        (1e-6, 1.0),
     )
     lr_drop: int = setting(
         None,
@@ -124,7 +123,7 @@ class Config:
     )
     off_noise: float = setting(
         None,
-        "programming error in meta-training, share of a crossbar's largest G "
+        "programming error in meta-training, share of g_max "
         "(default: what analog.program leaves)",
         (0, 1),
     )
@@ -536,7 +535,7 @@ def injected(cfg, key, device, g):
     if cfg.off_noise is None:
         error_std = analog.error_of_programming(device, g)
     else:
-        error_std = cfg.off_noise * jnp.max(g)
+        error_std = cfg.off_noise * device.g_max
     return analog.fabricate(key, device, g, error_std)
 
 
@@ -649,9 +648,8 @@ def train_chunk(cfg, devices, state, key, steps):
         gradient = clipped(gradient, devices[0])
         direction, memory = update(step, gradient, state.memory)
         size = schedule(cfg, step)
-        g = jax.tree.map(
-            lambda g, d: g + size * cfg.lr_out * d, state.meta.g, direction.g
-        )
+        size_g = size * cfg.lr_out * analog.span(devices[0])
+        g = jax.tree.map(lambda g, d: g + size_g * d, state.meta.g, direction.g)
         log_theta = state.meta.log_theta + size * LR_THETA * direction.log_theta
         return State(project(devices, Meta(g, log_theta)), memory), measured
 
@@ -1000,9 +998,8 @@ def configure(flags):
     given = Config(**flags)
     devices = devices_of(given.device)
     names = ",".join(device.name for device in devices)
-    lr_out = LR_SHARE * analog.span(devices[0])
     lr_drop = given.n_iter * 6 // 10
-    cfg = Config(**{"lr_out": lr_out, "lr_drop": lr_drop, **flags, "device": names})
+    cfg = Config(**{"lr_drop": lr_drop, **flags, "device": names})
     check(cfg, devices)
     return cfg, devices
 

@@ -90,7 +90,6 @@ def test_a_run_keeps_all_settings(whole):
         field.name for field in dataclasses.fields(train.Config)
     }
     assert saved["config"]["n_h0"] == 5
-    assert saved["config"]["lr_out"] == pytest.approx(98 * 0.1 / 11.9)
     assert analog.make(saved["device"]) == analog.load_device(RERAM)
     assert (
         saved["versions"]["jax"] == jax.__version__
@@ -530,7 +529,7 @@ def test_any_command_line_is_taken_or_refused_in_one_line(flags):
     else:
         assert (
             cfg.n_iter >= 0
-            and 0 < cfg.lr_out < np.inf
+            and 0 < cfg.lr_out <= 1
             and devices[0].g_min < devices[0].g_max
         )
 

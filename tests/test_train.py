@@ -325,6 +325,22 @@ def test_steps_drop():
     np.testing.assert_allclose(factors, [1, 1, 0.1, 0.1], rtol=1e-6)
 
 
+def test_the_first_step_has_the_length_of_its_setting(monkeypatch):
+    """As Adam's has, whatever the gradient: a share of the device's range, and 0.1 in ln
+    θ."""
+    cfg, devices = configured(device="perf", lr_out=0.01, seed=7)
+
+    def gradient_of(cfg, devices, meta, key):
+        return jax.tree.map(jnp.ones_like, meta), {}
+
+    monkeypatch.setattr(train, "gradient_of", gradient_of)
+    before = start(cfg, devices)
+    after, _ = train.train_chunk(cfg, devices, before, KEY, np.arange(1))
+    step = jax.tree.map(jnp.subtract, before.meta, after.meta)
+    np.testing.assert_allclose(step.g.readout, 0.01 * 11.9, rtol=1e-5)
+    np.testing.assert_allclose(step.log_theta, 0.1, rtol=1e-5)
+
+
 def test_firing_rates_are_penalized(monkeypatch):
     moments = train.Moments(jnp.eye(2)[None], jnp.zeros((16, 2)))
     query = train.Samples(jnp.ones(1), jnp.zeros(16), jnp.ones(()))
@@ -451,7 +467,7 @@ def learned():
         task_size=20,
         n_iter=2 * LENGTH,
         lr_drop=2 * LENGTH,
-        lr_out=0.3,
+        lr_out=0.025,
     )
     state, chunks = start(cfg, devices), []
     for first in (0, LENGTH):
