@@ -172,6 +172,7 @@ PRESETS = {
         "n_bits": 3,
         "n_h0": 64,
         "gain_out": 0.15,
+        "lr_out": 0.0042,
         "n_iter": 4000,
     },
 }
