@@ -547,8 +547,8 @@ def meta_loss(key, meta, cfg, device, n_tasks):
     age_key, meet_key = jax.random.split(key)
     age = cfg.tread * (cfg.max_age / cfg.tread) ** jax.random.uniform(age_key)
     times = times_of(cfg, age, cfg.twait)
-    # One read of the hidden crossbars serves all looks: their reads differ in noise and in
-    # seconds of drift, and six looks take half the time.
+    # One read of the hidden crossbars serves all looks: their reads differ in noise and a
+    # little drift, and eight looks take half the time.
     times = times._replace(reads=times.reads[:1])
     make = partial(injected, cfg)
     met = meet(moments_of_range, meet_key, meta, cfg, device, make, times, n_tasks)

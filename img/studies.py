@@ -31,7 +31,7 @@ import network  # noqa: E402
 import train  # noqa: E402
 from img import figures  # noqa: E402
 
-AGES = 150.0, 1e3, 1e4, 1e5, 1e6, 1e7  # s
+AGES = 400.0, 1e3, 1e4, 1e5, 1e6, 1e7  # s, the first after an adaptation at tread
 OLD = 1e6  # s
 N_LIFE = 50  # tasks of a life
 PERIOD = 1e4  # s, from one of them to the next

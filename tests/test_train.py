@@ -201,10 +201,10 @@ def test_real_updates_are_what_comparators_round():
 
 
 def test_times_of_an_adaptation():
-    cfg, _ = configured(n_inner=3)
+    cfg, _ = configured(n_inner=3, tlook=20.0)
     times = train.times_of(cfg, 1000.0, 50.0)
-    np.testing.assert_array_equal(times.reads, [1000.0, 1002.0, 1003.0])
-    np.testing.assert_array_equal(times.pulses, [1001.0, 1002.0, 1003.0])
+    np.testing.assert_array_equal(times.reads, [1000.0, 1021.0, 1041.0])
+    np.testing.assert_array_equal(times.pulses, [1001.0, 1021.0, 1041.0])
     assert times.query == 1051.0
 
 
