@@ -164,7 +164,7 @@ PRESETS = {
     # four looks at the error instead of one
     "four_looks": {"n_inner": 4, "gain_out": 0.7, "twait": 150.0},
     # what one would put on a real chip: eight looks, trained on two pulse laws
-    "chip": {**CHIP, "gain_out": 0.35, "n_iter": 3000},
+    "chip": {**CHIP, "gain_out": 0.35, "n_iter": 2000},
     # less error with more neurons and 3 bits
     "chip_wide": {
         **CHIP,
