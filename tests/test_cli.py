@@ -473,7 +473,7 @@ def test_help_names_units_and_defaults(capsys):
     assert (
         end.value.code == 0
         and "default: 251.0" in shown
-        and "0.84 % of the range" in shown
+        and "60 % of the n_iter" in shown
     )
     assert all(
         f"--{field.name} " in shown for field in dataclasses.fields(train.Config)
