@@ -978,7 +978,7 @@ def check(cfg, devices):
         if bounds and value is not None and not bounds[0] <= value <= bounds[1]:
             stop(f"--{field.name} must be from {bounds[0]} to {bounds[1]}, not {value}")
     n, learning = len(devices), (cfg.n_inner - 1) * cfg.tlook
-    last = cfg.tprog + learning
+    last, soonest = cfg.tprog + learning, learning + analog.MIN_AGE
     low = max(device.g_min for device in devices)
     high = min(device.g_prog for device in devices)
     needs = {
@@ -988,7 +988,7 @@ def check(cfg, devices):
         f"--batch_train must be a multiple of {n} devices": cfg.batch_train % n == 0,
         f"--max_age must be at least tread, {cfg.tread:g} s": cfg.max_age >= cfg.tread,
         f"--tprog must be after tread, {cfg.tread:g} s": cfg.tprog > cfg.tread,
-        f"--twait must be above {learning:g} s, tlook a look": cfg.twait > learning,
+        f"--twait must be {soonest:g} s, tlook a look, or more": cfg.twait >= soonest,
         f"--ttest must be after the last pulse, {last:g} s": cfg.ttest > last,
     }
     for message, is_met in needs.items():

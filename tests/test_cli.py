@@ -431,6 +431,7 @@ BAD = [
     "--off_noise -0.1",
     "--tread 101",
     "--tprog 99",
+    "--twait 0.5",
     "--n_inner 3 --twait 2",
     "--n_inner 3 --tlook 75",
     "--ttest 101",
