@@ -1,16 +1,17 @@
 """A network of leaky integrate-and-fire (LIF) neurons whose weights are read from crossbars.
 
     u0 = input converter(x), held for the run             x in [−5, 5], 2^dac_bits levels
-    v0 ← α v0 + [u0, 1]·W0 − z0,  z0 = H(v0 − 1)          layer 0: membranes and spikes
+    v0 ← α v0 + [u0, 2]·W0 − z0,  z0 = H(v0 − 1)          layer 0: membranes and spikes
     v1 ← α v1 + [z0, 1]·W1 − z1,  z1 = H(v1 − 1)          layer 1
     e  ← κ e + gain·z1                                    trace of the spikes
     ŷ  = e·W2                                             leaky-integrator readout, linear in W2
 
-A spike resets its membrane by subtraction. The last row of a hidden crossbar is its bias, driven by
-a constant 1. Drift compensation scales the weights of a hidden crossbar by one number, Σ G of a
-reference read over Σ G of the present read. Hidden activity depends on the input's level and on the
-chip, never on the task, so it is simulated once per level. To draw the network at work, run this
-file.
+A spike resets its membrane by subtraction. The input drives several rows of its crossbar, and the
+bias of layer 0 as many: each weight W0 is a mean over them, which lessens read noise, the spread of
+drift and the error of programming. The last row of a later crossbar is its bias. Drift compensation
+scales the weights of a hidden crossbar by one number, Σ G of a reference read over Σ G of the
+present read. Hidden activity depends on the input's level and on the chip, never on the task, so it
+is simulated once per level. To draw the network at work, run this file.
 """
 
 from functools import partial
@@ -28,6 +29,7 @@ N_STEPS = 100  # time steps T of one presentation
 DT = 1e-3  # s, one step
 THRESHOLD = 1.0  # of a membrane
 X_RANGE = (-5.0, 5.0)  # span of the input converter
+BIAS = 2.0  # the constant that drives the bias of layer 0
 # Every readout device at the start, share of the range above g_min: 0.5 µS on PCM.
 READOUT_START = 0.4 / 11.9
 
@@ -39,7 +41,9 @@ class Network(NamedTuple):
     """One value per crossbar: conductances [2, rows, cols], crossbars or weights [rows,
     cols]."""
 
-    hidden: tuple  # layer by layer, [2, inputs + 1, neurons]
+    # layer by layer, [2, inputs + 1, neurons]; the first [2, 2·n_rows, neurons], one half of
+    # the rows for the input and one for the bias
+    hidden: tuple
     readout: Any  # [2, neurons of the last layer, 1]
 
 
@@ -198,9 +202,15 @@ def assemble(key, device, make, g):
     return Chip(xbars, tuple(map(jnp.sum, reads)))
 
 
+def mean_over_rows(w):
+    """Weights [2, neurons] of input and bias, of those of all rows [2·n_rows, neurons]."""
+    of_input, of_bias = jnp.split(w, 2)
+    return jnp.stack([jnp.mean(of_input, 0), BIAS * jnp.mean(of_bias, 0)])
+
+
 def read_hidden(key, device, chip, t, compensate):
-    """Weights of the hidden crossbars from one read at time t (s), scaled back by their
-    references if compensate."""
+    """Weights [inputs + 1, neurons] of the hidden layers from one read at time t (s), scaled
+    back by their references if compensate."""
 
     def weights(g, reference):
         w = analog.weights(device, g)
@@ -209,7 +219,8 @@ def read_hidden(key, device, chip, t, compensate):
         return w * reference / jnp.sum(g)
 
     reads = each(analog.read, key, device, chip.xbars.hidden, t)
-    return tuple(map(weights, reads, chip.reference))
+    first, *later = map(weights, reads, chip.reference)
+    return mean_over_rows(first), *later
 
 
 def read_readout(key, device, readout, t):
@@ -218,11 +229,12 @@ def read_readout(key, device, readout, t):
     return analog.weights(device, g)[:, 0]
 
 
-def start(key, device, sizes):
+def start(key, device, sizes, n_rows):
     """Conductances (µS), a Network, at the start of meta-training; sizes are the neurons of
-    each hidden layer."""
+    each hidden layer, n_rows the rows of the input."""
     first, *keys = jax.random.split(key, len(sizes))
-    w = [jax.random.uniform(first, (2, sizes[0]), minval=-1.0, maxval=1.0)]
+    of_layer_0 = jax.random.uniform(first, (2, sizes[0]), minval=-1.0, maxval=1.0)
+    w = [jnp.repeat(of_layer_0, n_rows, 0)]
     layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
     for key, n_in, n_out in layers:
         bound = (6 / (n_in + n_out)) ** 0.5

@@ -104,6 +104,11 @@ class Config:
     batch_test: int = setting(
         1024, "tasks of the meta-test, each on a chip of its own", (4, 2**20)
     )
+    n_rows: int = setting(
+        16,
+        "rows that carry the input; each weight of layer 0 is a mean over them",
+        NEURONS,
+    )
     n_h0: int = setting(40, "neurons of layer 0", NEURONS)
     n_h1: int = setting(40, "neurons of layer 1", NEURONS)
     dac_bits: int = setting(7, "bits of the input converter", (1, 12))
@@ -617,7 +622,7 @@ def start(cfg, devices):
     sizes = sizes_of(cfg)
     shape = cfg.n_inner, 1 if cfg.shared_thr else sizes[-1]
     log_theta = jnp.full(shape, math.log(cfg.grad_thr), float)
-    g = network.start(stream(cfg, 0), devices[0], sizes)
+    g = network.start(stream(cfg, 0), devices[0], sizes, cfg.n_rows)
     meta = project(devices, Meta(g, log_theta))
     memory, _ = OPTIMIZERS[cfg.optimizer]
     return State(meta, memory(meta))

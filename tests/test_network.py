@@ -19,7 +19,7 @@ KEY = jax.random.key(5)
 SIZES = (7, 6), (5, 6, 4)
 
 
-start = jax.jit(network.start, static_argnums=(1, 2))
+start = jax.jit(network.start, static_argnums=(1, 2, 3))
 
 
 # ---- neurons -------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ start = jax.jit(network.start, static_argnums=(1, 2))
 def case(sizes):
     """Dynamics, weights of a network that spikes, and inputs."""
     alpha = tuple(np.exp(-np.arange(1, len(sizes) + 1) / 10).tolist())
-    g = start(KEY, PCM, sizes)
+    g = start(KEY, PCM, sizes, 1)
     hidden = tuple(1.7 * analog.weights(PCM, g) + 0.05 for g in g.hidden)
     readout = jax.random.normal(KEY, (sizes[-1],))
     u = jnp.linspace(-5.0, 5.0, 9)
@@ -108,10 +108,12 @@ def test_input_converter(n_bits):
 
 
 def test_start():
-    g = start(KEY, PCM, (40, 30, 20))
+    g = start(KEY, PCM, (40, 30, 20), 3)
     shapes = [x.shape for x in jax.tree.leaves(g)]
-    assert shapes == [(2, 2, 40), (2, 41, 30), (2, 31, 20), (2, 20, 1)]
+    assert shapes == [(2, 6, 40), (2, 41, 30), (2, 31, 20), (2, 20, 1)]
     first, *later = [analog.weights(PCM, x) for x in g.hidden]
+    for half in np.split(first, 2):
+        assert np.all(half == half[0])
     assert 0.9 < np.abs(first).max() <= 1
     for w, n in zip(later, (70, 50), strict=True):
         bound = (6 / n) ** 0.5

@@ -83,7 +83,7 @@ def test_a_sum_over_levels_keeps_every_sample():
 
 def traces(cfg):
     """Hidden weights of a network that spikes, and its traces [T, L, H] over the levels."""
-    g = network.start(KEY, analog.PCM, train.sizes_of(cfg))
+    g = network.start(KEY, analog.PCM, train.sizes_of(cfg), 1)
     hidden = tuple(1.7 * analog.weights(analog.PCM, g) + 0.05 for g in g.hidden)
     u = network.level_centres(cfg.dac_bits)
     return hidden, network.simulate(train.dynamics_of(cfg), hidden, u)[0]
