@@ -160,8 +160,9 @@ def test_each_crossbar_has_errors_and_drift_of_its_own():
     assert_own(np.array(errors + drifts), [*0.05 * LEVELS, 0.008, 0.008, 0.008])
 
 
-def test_each_crossbar_is_read_with_noise_of_its_own():
+def test_each_crossbar_is_read_with_noise_of_its_own(monkeypatch):
     """Every read, too."""
+    monkeypatch.setattr(network, "mean_over_rows", lambda w: w)
     still = PCM._replace(law=PCM.law._replace(nu_mean=0.0, nu_std=0.0))
     chip = chip_of(still, 0.0)
     reads = []
@@ -188,17 +189,25 @@ CELLS = network.Network(
 EQUAL = PCM._replace(law=analog.Nandakumar(0.04, 0.0, 0.0, 0.0))
 
 
+def test_a_weight_of_layer_0_is_the_mean_over_its_rows():
+    of_input, of_bias = np.random.default_rng(0).normal(size=(2, 3, 5))
+    found = network.mean_over_rows(jnp.concatenate([of_input, of_bias]))
+    expected = [sum(of_input) / 3, network.BIAS * sum(of_bias) / 3]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_devices_keep_their_places_and_drift_is_undone():
     def make(key, device, g):
         return analog.fabricate(key, EQUAL, g)
 
     chip = jax.jit(partial(network.assemble, device=EQUAL, make=make))(KEY, g=CELLS)
     w = jax.tree.map(partial(analog.weights, EQUAL), CELLS)
+    hidden = network.mean_over_rows(w.hidden[0]), w.hidden[1]
     plain = network.read_hidden(KEY, EQUAL, chip, 1e6, False)
     compensated = network.read_hidden(KEY, EQUAL, chip, 1e6, True)
     readout = network.read_readout(KEY, EQUAL, chip.xbars.readout, 1e6)
     factor = (1e6 / 38.6) ** -0.04
-    for expected, drifted, restored in zip(w.hidden, plain, compensated, strict=True):
+    for expected, drifted, restored in zip(hidden, plain, compensated, strict=True):
         np.testing.assert_allclose(drifted, factor * expected, atol=1e-6)
         np.testing.assert_allclose(restored, expected, atol=1e-6)
     np.testing.assert_allclose(readout, factor * w.readout[:, 0], atol=1e-6)
