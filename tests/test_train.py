@@ -505,8 +505,11 @@ def plain_episode(cfg, device, meta, x, y):
         return (g[0] - g[1]) / (device.g_max - device.g_min)
 
     g = jax.tree.map(lambda g: np.asarray(g, float), meta.g)
+    first, *later = map(weights, g.hidden)
+    of_input, of_bias = first.reshape(2, cfg.n_rows, -1).mean(1)
+    hidden = np.stack([of_input, 2 * of_bias]), *later
     centres = np.asarray(network.level_centres(cfg.dac_bits))
-    _, e = oracle.loop(train.dynamics_of(cfg), tuple(map(weights, g.hidden)), centres)
+    _, e = oracle.loop(train.dynamics_of(cfg), hidden, centres)
     before, theta = weights(g.readout)[:, 0], np.exp(meta.log_theta[0])
     at = e[:, np.asarray(network.level(cfg.dac_bits, x))]  # [T, N, H]
     gradient = 2 * np.mean((at @ before - y)[..., None] * at, (0, 1))
