@@ -9,9 +9,9 @@
 A spike resets its membrane by subtraction. The input drives several rows of its crossbar, and the
 bias of layer 0 as many: each weight W0 is a mean over them, which lessens read noise, the spread of
 drift and the error of programming. The last row of a later crossbar is its bias. Drift compensation
-scales the weights of a hidden crossbar by one number, Σ G of a reference read over Σ G of the
-present read. Hidden activity depends on the input's level and on the chip, never on the task, so it
-is simulated once per level. To draw the network at work, run this file.
+scales the weights of a hidden neuron by one number, Σ G of its devices in a reference read over
+Σ G in the present read. Hidden activity depends on the input's level and on the chip, never on the
+task, so it is simulated once per level. To draw the network at work, run this file.
 """
 
 from functools import partial
@@ -51,7 +51,8 @@ class Chip(NamedTuple):
     """A deployed network."""
 
     xbars: Network  # of analog.Crossbar
-    reference: tuple  # Σ G (µS) of each hidden crossbar in a read at age t0, for drift compensation
+    # Σ G (µS) of the devices of each hidden neuron in a read at age t0, for drift compensation
+    reference: tuple
 
 
 class Dynamics(NamedTuple):
@@ -191,6 +192,13 @@ def each(read, key, device, xbars, t):
     return [read(key, device, xbar, t) for key, xbar in zip(keys, xbars, strict=True)]
 
 
+def column_sums(device, g):
+    """Σ G (µS) of the devices of each neuron [neurons] in a read g [2, rows, neurons]; at
+    least a thousandth of the range, as a column may read as 0."""
+    total = jnp.sum(g, (0, 1))
+    return jnp.maximum(total, 1e-3 * analog.span(device))
+
+
 def assemble(key, device, make, g):
     """Chip of the conductances g (µS), a Network of [2, rows, cols]; make(key, device, g)
     makes all of its devices at once, from their conductances in one row."""
@@ -199,7 +207,8 @@ def assemble(key, device, make, g):
     made = make(make_key, device, row)
     xbars = jax.tree.map(analog.Crossbar, *map(unravel, made))
     reads = each(analog.read, read_key, device, xbars.hidden, device.t0)
-    return Chip(xbars, tuple(map(jnp.sum, reads)))
+    sums = partial(column_sums, device)
+    return Chip(xbars, tuple(map(sums, reads)))
 
 
 def mean_over_rows(w):
@@ -216,7 +225,7 @@ def read_hidden(key, device, chip, t, compensate):
         w = analog.weights(device, g)
         if not compensate:
             return w
-        return w * reference / jnp.sum(g)
+        return w * reference / column_sums(device, g)
 
     reads = each(analog.read, key, device, chip.xbars.hidden, t)
     first, *later = map(weights, reads, chip.reference)

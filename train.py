@@ -115,7 +115,7 @@ class Config:
     tau_mem: float = setting(0.01, "time constant of the membranes, s", DECAY)
     tau_out: float = setting(0.002, "time constant of the readout, s", DECAY)
     gain_out: float = setting(1.0, "what one spike adds to its trace", (1e-3, 1e3))
-    compensate: bool = setting(True, "drift compensation of the hidden crossbars")
+    compensate: bool = setting(True, "drift compensation of the hidden neurons")
     lr_out: float = setting(
         0.0084,
         "step of the optimizer for conductances, share of the device's range",
@@ -178,7 +178,7 @@ PRESETS = {
         "n_h0": 64,
         "gain_out": 0.15,
         "lr_out": 0.0042,
-        "n_iter": 2000,
+        "n_iter": 1600,
     },
 }
 
