@@ -196,21 +196,42 @@ def test_a_weight_of_layer_0_is_the_mean_over_its_rows():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_devices_keep_their_places_and_drift_is_undone():
+def with_nu_by_neuron(xbar):
+    """The crossbar with a drift exponent for each of its columns."""
+    nu = jnp.linspace(0.02, 0.06, xbar.nu.shape[-1])
+    return xbar._replace(nu=jnp.broadcast_to(nu, xbar.nu.shape))
+
+
+def test_devices_keep_their_places_and_a_neurons_drift_is_undone():
     def make(key, device, g):
         return analog.fabricate(key, EQUAL, g)
 
     chip = jax.jit(partial(network.assemble, device=EQUAL, make=make))(KEY, g=CELLS)
+    drifting = tuple(map(with_nu_by_neuron, chip.xbars.hidden))
+    chip = chip._replace(xbars=chip.xbars._replace(hidden=drifting))
     w = jax.tree.map(partial(analog.weights, EQUAL), CELLS)
     hidden = network.mean_over_rows(w.hidden[0]), w.hidden[1]
     plain = network.read_hidden(KEY, EQUAL, chip, 1e6, False)
     compensated = network.read_hidden(KEY, EQUAL, chip, 1e6, True)
     readout = network.read_readout(KEY, EQUAL, chip.xbars.readout, 1e6)
-    factor = (1e6 / 38.6) ** -0.04
+    clock = 1e6 / 38.6
+    factor = clock ** -np.linspace(0.02, 0.06, 5)
     for expected, drifted, restored in zip(hidden, plain, compensated, strict=True):
         np.testing.assert_allclose(drifted, factor * expected, atol=1e-6)
         np.testing.assert_allclose(restored, expected, atol=1e-6)
-    np.testing.assert_allclose(readout, factor * w.readout[:, 0], atol=1e-6)
+    np.testing.assert_allclose(readout, clock**-0.04 * w.readout[:, 0], atol=1e-6)
+
+
+def test_a_column_that_reads_as_zero_is_no_error():
+    blank = jax.tree.map(jnp.zeros_like, CELLS)
+    device = analog.IBM
+
+    def make(key, device, g):
+        return analog.fabricate(key, device, g)
+
+    chip = jax.jit(partial(network.assemble, device=device, make=make))(KEY, g=blank)
+    for w in network.read_hidden(KEY, device, chip, 1e6, True):
+        assert not np.any(w)
 
 
 # ---- modules -------------------------------------------------------------------------------------
