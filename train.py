@@ -51,7 +51,6 @@ import network
 from img import figures
 
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
-LOG = 1000  # meta-iterations between two lines of a log
 JOINING = 300  # s, to wait for other hosts
 LR_THETA = 0.1  # step of the optimizer for ln θ
 MOST_NORM = 3.0  # of an outer gradient, squared error per range of a conductance
@@ -1089,29 +1088,22 @@ def row_of(run, measured):
 
 def train(run, folder):
     """The Run after meta-training up to n_iter, saved every CHUNK iterations."""
-    cfg, first, began = run.cfg, run.step, time.monotonic()
-    bar = tqdm(
-        total=cfg.n_iter, initial=first, disable=None, unit="it", dynamic_ncols=True
-    )
-    while run.step < cfg.n_iter:
-        last = min((run.step // CHUNK + 1) * CHUNK, cfg.n_iter)
-        steps = np.arange(run.step, last)
-        state, measured = jax.device_get(
-            train_chunk(cfg, run.devices, run.state, stream(cfg, 1), steps)
-        )
-        run = run._replace(state=state, step=last)
-        row = row_of(run, measured)
-        assert_sound(run, row, folder)
-        run = run._replace(rows=(*run.rows, row))
-        save(run, folder)
-        found = f"loss {row['loss']:.3f}"
-        bar.update(len(steps))
-        bar.set_postfix_str(found)
-        if bar.disable and last % LOG == 0:
-            each = (time.monotonic() - began) / (last - first)
-            left = each * (cfg.n_iter - last)
-            print(f"{last} of {cfg.n_iter}: {found}, {left:.0f} s left")
-    bar.close()
+    cfg = run.cfg
+    bar = tqdm(total=cfg.n_iter, initial=run.step, unit="it", file=sys.stdout)
+    with bar:
+        while run.step < cfg.n_iter:
+            last = min((run.step // CHUNK + 1) * CHUNK, cfg.n_iter)
+            steps = np.arange(run.step, last)
+            state, measured = jax.device_get(
+                train_chunk(cfg, run.devices, run.state, stream(cfg, 1), steps)
+            )
+            run = run._replace(state=state, step=last)
+            row = row_of(run, measured)
+            assert_sound(run, row, folder)
+            run = run._replace(rows=(*run.rows, row))
+            save(run, folder)
+            bar.set_postfix(loss=row["loss"], refresh=False)
+            bar.update(len(steps))
     return run
 
 

@@ -323,7 +323,7 @@ def kept(key, cfg, device, chip, readout, reference, trial, t):
         moments = moments_at(hidden_key, settings, device, chip, t)
         return train.squared_error(moments, trial.query, w)
 
-    scaled = w * reference / network.column_sums(device, g)
+    scaled = w * reference / jnp.sum(g)
     return {
         "adapted once": error(False, w),
         "adapted once, hidden layers compensated": error(True, w),
