@@ -105,7 +105,7 @@ class Config:
     )
     n_rows: int = setting(
         16,
-        "rows that carry the input; each weight of layer 0 is a mean over them",
+        "rows that carry the input, and as many the bias of layer 0; its weights are means over them",
         NEURONS,
     )
     n_h0: int = setting(40, "neurons of layer 0", NEURONS)
