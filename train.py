@@ -105,7 +105,7 @@ class Config:
     )
     n_rows: int = setting(
         16,
-        "rows that carry the input, and as many the bias of layer 0; its weights are means over them",
+        "rows that carry the input, and as many its bias; layer 0 weights by their mean",
         NEURONS,
     )
     n_h0: int = setting(40, "neurons of layer 0", NEURONS)
