@@ -31,7 +31,7 @@ jax.config.update("jax_debug_nans", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 TINY = (
-    "--n_h0 5 --n_h1 4 --batch_train 4 --task_size 3 --dac_bits 3 --batch_test 5 "
+    "--n_rows 2 --n_h0 5 --n_h1 4 --batch_train 4 --task_size 3 --dac_bits 3 --batch_test 5 "
     "--n_iter 6 --lr_drop 3 --off_noise 0.05"
 ).split()
 

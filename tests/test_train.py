@@ -17,6 +17,7 @@ import train
 KEY = jax.random.key(3)
 start = train.start
 SMALL = {
+    "n_rows": 3,
     "n_h0": 7,
     "n_h1": 6,
     "batch_train": 4,
