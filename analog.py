@@ -298,6 +298,16 @@ def check_range(device):
         raise ValueError("keys stuck_low and stuck_high must not sum above 1")
 
 
+def unique(pairs):
+    """The dictionary of a JSON object's pairs; ValueError names a key that stands twice."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key} stands twice")
+        found[key] = value
+    return found
+
+
 def load_device(name):
     """Device of a built-in name, or of a JSON file {"name": ..., "g_min": ..., ...} at that
     path; ValueError says what is wrong with it."""
@@ -305,7 +315,7 @@ def load_device(name):
         return DEVICES[name]
     try:
         text = Path(name).read_text(encoding="utf-8")
-        device = make(json.loads(text))
+        device = make(json.loads(text, object_pairs_hook=unique))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
         raise ValueError(f"{name} is {what} ({error})") from None

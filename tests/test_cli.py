@@ -360,7 +360,7 @@ def test_too_little_memory_is_one_line(quick, monkeypatch):
 
 def test_a_log_shows_progress(quick):
     _, out, _ = call()
-    assert re.search(r"6/6 .*loss=\d", out)
+    assert re.search(r"6/6 .*loss=\d+\.\d", out)
     assert re.search(r"training took \d+ s", out) and re.search(
         r"testing took \d+ s", out
     )
@@ -415,6 +415,7 @@ BAD = [
     "--n_bits 9",
     "--dac_bits 0",
     "--task_size 0",
+    "--n_rows 0",
     "--n_h0 0",
     "--n_h1 0",
     "--batch_train 0",

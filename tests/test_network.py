@@ -207,6 +207,7 @@ def test_devices_keep_their_places_and_a_neurons_drift_is_undone():
         return analog.fabricate(key, EQUAL, g)
 
     chip = jax.jit(partial(network.assemble, device=EQUAL, make=make))(KEY, g=CELLS)
+    assert [x.shape for x in chip.reference] == [(5,), (5,)]  # one number per neuron
     drifting = tuple(map(with_nu_by_neuron, chip.xbars.hidden))
     chip = chip._replace(xbars=chip.xbars._replace(hidden=drifting))
     w = jax.tree.map(partial(analog.weights, EQUAL), CELLS)
