@@ -63,7 +63,7 @@ class Dynamics(NamedTuple):
     gain: float  # what one spike adds to its trace
 
 
-# ---- neurons: step and adjoint belong together; after a change run tests/test_network.py ---------
+# ---- neurons -------------------------------------------------------------------------------------
 
 
 def surrogate(u):
@@ -89,55 +89,28 @@ def lif_step(alpha, v, drive):
     return alpha * v + drive - spike(v - THRESHOLD)
 
 
-def lif_adjoint(alpha, later, inputs):
-    """Gradient with respect to the potentials v, given that with respect to the later ones;
-    the inputs are v and the gradient with respect to the spikes at v."""
-    v, z_bar = inputs
-    through_spike = surrogate(v - THRESHOLD) * (z_bar - later)
-    return alpha * later + through_spike
-
-
-def over_time(step, inputs, reverse=False):
-    """The states [T, ...] of a recursion step(state, inputs at t) from rest, that is 0. An
+def over_time(step, inputs):
+    """The states [T, ...] of a recursion step(state, inputs[t]) from rest, that is 0. An
     accelerator starts ten time steps at a time, which makes it six times as fast."""
 
     def both(state, now):
         state = step(state, now)
         return state, state
 
-    first, *_ = jax.tree.leaves(inputs)
-    rest = jnp.zeros_like(first[0])
+    rest = jnp.zeros_like(inputs[0])
     unroll = 1 if jax.default_backend() == "cpu" else 10
-    _, states = jax.lax.scan(both, rest, inputs, reverse=reverse, unroll=unroll)
+    _, states = jax.lax.scan(both, rest, inputs, unroll=unroll)
     return states
 
 
 def potentials(alpha, drive):
     """Membrane potentials [T, ...] of neurons from rest under drive [T, ...]."""
-    step = partial(lif_step, alpha)
-    return over_time(step, drive)
+    return over_time(partial(lif_step, alpha), drive)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def lif(alpha, drive):
-    """Spikes [T, ...] of neurons from rest under drive [T, ...]. Its derivative keeps the
-    potentials alone and runs the adjoint backwards in time."""
-    spikes, _ = lif_forward(alpha, drive)
-    return spikes
-
-
-def lif_forward(alpha, drive):
-    v = potentials(alpha, drive)
-    return spike(v - THRESHOLD), v
-
-
-def lif_backward(alpha, v, z_bar):
-    step = partial(lif_adjoint, alpha)
-    drive_bar = over_time(step, (v, z_bar), reverse=True)
-    return (drive_bar,)
-
-
-lif.defvjp(lif_forward, lif_backward)
+    """Spikes [T, ...] of neurons from rest under drive [T, ...]."""
+    return spike(potentials(alpha, drive) - THRESHOLD)
 
 
 def trace(dynamics, z):
@@ -174,16 +147,13 @@ def simulate(dynamics, hidden, u):
     """Traces [T, L, H] of the last layer of the network with hidden weights, a tuple of
     [inputs + 1, neurons], for each of the inputs u [L]; and the mean rate (Hz) of each
     layer, [layers]."""
-    signal = jnp.tile(u, N_STEPS)[:, None]  # [T·L, inputs]
+    signal = jnp.broadcast_to(u[:, None], (N_STEPS, len(u), 1))
     rates = []
     for alpha, w in zip(dynamics.alpha, hidden, strict=True):
-        drive = signal @ w[:-1] + w[-1]
-        spikes = lif(alpha, drive.reshape(N_STEPS, -1))  # [T, L·neurons]
-        signal = spikes.reshape(drive.shape)
-        rates.append(jnp.mean(spikes) / DT)
-    e = trace(dynamics, spikes)
-    e = e.reshape(N_STEPS, len(u), -1)
-    return e, jnp.stack(rates)
+        drive = signal @ w[:-1] + w[-1]  # [T, L, neurons]
+        signal = lif(alpha, drive)
+        rates.append(jnp.mean(signal) / DT)
+    return trace(dynamics, signal), jnp.stack(rates)
 
 
 def each(read, key, device, xbars, t):

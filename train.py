@@ -110,7 +110,7 @@ class Config:
     )
     n_h0: int = setting(40, "neurons of layer 0", NEURONS)
     n_h1: int = setting(40, "neurons of layer 1", NEURONS)
-    dac_bits: int = setting(7, "bits of the input converter", (1, 12))
+    dac_bits: int = setting(6, "bits of the input converter", (1, 12))
     tau_mem: float = setting(0.01, "time constant of the membranes, s", DECAY)
     tau_out: float = setting(0.002, "time constant of the readout, s", DECAY)
     gain_out: float = setting(1.0, "what one spike adds to its trace", (1e-3, 1e3))
@@ -159,7 +159,6 @@ CHIP = {
     "tlook": 20.0,  # a fresh pulse drifts most in its first seconds
     "batch_train": 128,
     "twait": 150.0,
-    "dac_bits": 6,  # half the levels of the default, half the time
     "max_age": 1e7,
 }
 PRESETS = {
@@ -253,41 +252,22 @@ def draw_trial(key, cfg):
 
 
 class Moments(NamedTuple):
-    """Means over time of the traces of one read. The query counts all levels alike, so that
-    its S is averaged over them once for all tasks: [1, H, H], with a share of [1]."""
+    """Means over time of the traces of one read."""
 
     second: jax.Array  # [L, H, H], of e eᵀ; [1, H, H] where averaged over the levels
     first: jax.Array  # [L, H], of e
 
 
-@jax.custom_vjp
-def second_moment(e):
-    """Mean of e eᵀ over the rows of e [..., N, H]: [..., H, H]. Its derivative is written
-    out as one matrix product, which makes a meta-iteration 1.25 × as fast."""
-    return jnp.einsum("...nh,...nk->...hk", e, e) / e.shape[-2]
+def moments_of(e):
+    """Moments of traces e [T, L, H]."""
+    second = jnp.einsum("tlh,tlk->lhk", e, e) / len(e)
+    return Moments(second, jnp.mean(e, 0))
 
 
-def second_moment_forward(e):
-    return second_moment(e), e
-
-
-def second_moment_backward(e, m_bar):
-    both = m_bar + jnp.swapaxes(m_bar, -1, -2)
-    return (e @ (both / e.shape[-2]),)
-
-
-second_moment.defvjp(second_moment_forward, second_moment_backward)
-
-
-def moments_by_level(e):
-    """Moments of traces e [T, L, H], for samples of some levels."""
-    return Moments(second_moment(jnp.swapaxes(e, 0, 1)), jnp.mean(e, 0))
-
-
-def moments_of_range(e):
-    """Moments of traces e [T, L, H], for samples of the whole range, which count all levels
-    alike."""
-    return Moments(second_moment(e.reshape(1, -1, e.shape[-1])), jnp.mean(e, 0))
+def pooled(moments):
+    """Moments for samples of the whole range, which count all levels alike: S is their mean
+    over the levels, taken once for all tasks."""
+    return moments._replace(second=jnp.mean(moments.second, 0, keepdims=True))
 
 
 def residual(moments, samples, w):
@@ -368,23 +348,24 @@ def dynamics_of(cfg):
     return network.Dynamics((alpha,) * len(sizes_of(cfg)), kappa, cfg.gain_out)
 
 
-def observe(moments_of, key, cfg, device, chip, t):
-    """The moments that moments_of makes of the traces [T, L, H] of one read of the hidden
-    crossbars at time t (s), by level or of parts of the levels; and the rates (Hz) of the
-    layers."""
+class Seen(NamedTuple):
+    """What a read of the hidden crossbars shows."""
+
+    moments: Moments
+    last: Moments  # of the last time step alone
+    rates: jax.Array  # Hz, of each layer
+
+
+def observe(key, cfg, device, chip, t):
+    """Seen of one read of a chip at time t (s)."""
 
     def simulate(w, u):
         e, rates = network.simulate(dynamics_of(cfg), w, u)
-        return moments_of(e), rates[None]
+        return Seen(moments_of(e), moments_of(e[-1:]), rates[None])
 
     w = network.read_hidden(key, device, chip, t, cfg.compensate)
-    moments, rates = on_levels(simulate, w, network.level_centres(cfg.dac_bits))
-    return moments, jnp.mean(rates, 0)
-
-
-def pooled(moments):
-    """Moments of the whole range, from those of its parts."""
-    return moments._replace(second=jnp.mean(moments.second, 0, keepdims=True))
+    seen = on_levels(simulate, w, network.level_centres(cfg.dac_bits))
+    return seen._replace(rates=jnp.mean(seen.rates, 0))
 
 
 # ---- inner loop: a chip adapts to a task ---------------------------------------------------------
@@ -446,7 +427,7 @@ class Looks(NamedTuple):
     readout: jax.Array  # [H], weights of the readout in the first look
 
     def moments_at(self, k):
-        """Moments that look k uses."""
+        """Moments that look k uses; a single read serves all looks."""
         return jax.tree.map(lambda x: x[k % len(x)], self.moments)
 
 
@@ -456,7 +437,7 @@ def look_at(key, cfg, device, chip, times):
 
     def look(inputs):
         key, t = inputs
-        return observe(moments_by_level, key, cfg, device, chip, t)[0]
+        return observe(key, cfg, device, chip, t).moments
 
     keys = jax.random.split(hidden_key, len(times.reads))
     moments = in_turn(look, (keys, times.reads))
@@ -485,24 +466,21 @@ def adapt(key, meta, cfg, device, chip, looks, support, times):
     return readouts, pulses
 
 
-class Met(NamedTuple):
-    """What a chip and n tasks have done; axis 0 is the task, but for moments and rates."""
+class Learned(NamedTuple):
+    """What tasks have done to a chip's readout."""
 
-    moments: tuple  # what moments_of makes of a read at the time of the query
-    rates: jax.Array  # Hz, of each layer, then
     trial: Trial
-    readouts: list  # crossbars [n, 2, H, 1] after 0, 1, … n_inner looks
-    pulses: list  # [n, 2, H, 1], of each look
-    w: list  # [n, H], weights of the readouts in a read at the time of the query
+    readouts: list  # crossbars [2, H, 1] after 0, 1, … n_inner looks
+    pulses: list  # [2, H, 1], of each look
+    w: list  # [H], weights of the readouts in a read at the time of the query
 
 
-def meet(moments_of, key, meta, cfg, device, make, times, n_tasks):
-    """Met of a new chip, its crossbars made by make(key, device, conductances), and n_tasks
-    new tasks; moments_of is what to make of the traces of the query."""
+def meet(key, meta, cfg, device, make, times, n_tasks):
+    """Seen, at the time of the query, of a new chip whose crossbars are made by make(key,
+    device, conductances); and Learned of n_tasks new tasks, stacked along axis 0."""
     chip_key, look_key, query_key, tasks_key = jax.random.split(key, 4)
     chip = network.assemble(chip_key, device, make, meta.g)
     looks = look_at(look_key, cfg, device, chip, times)
-    query = observe(moments_of, query_key, cfg, device, chip, times.query)
 
     def task(key):
         trial_key, adapt_key, read_key = jax.random.split(key, 3)
@@ -512,9 +490,10 @@ def meet(moments_of, key, meta, cfg, device, make, times, n_tasks):
         )
         read = network.read_readout
         w = network.each(read, read_key, device, readouts, times.query)
-        return trial, readouts, pulses, w
+        return Learned(trial, readouts, pulses, w)
 
-    return Met(*query, *jax.vmap(task)(jax.random.split(tasks_key, n_tasks)))
+    seen = observe(query_key, cfg, device, chip, times.query)
+    return seen, jax.vmap(task)(jax.random.split(tasks_key, n_tasks))
 
 
 # ---- outer loop ----------------------------------------------------------------------------------
@@ -555,19 +534,16 @@ def meta_loss(key, meta, cfg, device, n_tasks):
     # little drift, and eight looks take half the time.
     times = times._replace(reads=times.reads[:1])
     make = partial(injected, cfg)
-    met = meet(moments_of_range, meet_key, meta, cfg, device, make, times, n_tasks)
-    query = pooled(met.moments)
-    loss = jnp.mean(
-        jax.vmap(squared_error, (None, 0, 0))(query, met.trial.query, met.w[-1])
-    )
+    seen, learned = meet(meet_key, meta, cfg, device, make, times, n_tasks)
+    error = jax.vmap(squared_error, (None, 0, 0))
+    loss = jnp.mean(error(pooled(seen.moments), learned.trial.query, learned.w[-1]))
     measured = {
         "loss": loss,
-        "rates": met.rates,
-        "pulses": jnp.sum(jnp.stack(met.pulses)) / n_tasks,
+        "rates": seen.rates,
+        "pulses": jnp.sum(jnp.stack(learned.pulses)) / n_tasks,
     }
-    if cfg.lambda_fr:  # even at weight 0 a gradient through the rates costs 4 %
-        loss += cfg.lambda_fr * jnp.sum(((cfg.target_fr - met.rates) / 100) ** 2)
-    return loss, measured
+    penalty = jnp.sum(((cfg.target_fr - seen.rates) / 100) ** 2)
+    return loss + cfg.lambda_fr * penalty, measured
 
 
 def clipped(gradient, device):
@@ -608,10 +584,16 @@ def schedule(cfg, step):
     return jnp.where(step < cfg.lr_drop, 1.0, 0.1)
 
 
-def project(devices, meta):
-    """Meta-parameters whose conductances all of the devices can be programmed to."""
+def common_range(devices):
+    """The lowest and the highest conductance (µS) that all devices can be programmed to."""
     low = max(device.g_min for device in devices)
     high = min(device.g_prog for device in devices)
+    return low, high
+
+
+def project(devices, meta):
+    """Meta-parameters whose conductances all of the devices can be programmed to."""
+    low, high = common_range(devices)
     return meta._replace(g=jax.tree.map(lambda g: jnp.clip(g, low, high), meta.g))
 
 
@@ -686,40 +668,25 @@ class Episode(NamedTuple):
     curves: jax.Array
 
 
-def changes(device, readouts, pulses):
-    """What an adaptation did to the readout, by the names of MEASURED."""
+def episode(key, meta, cfg, device, make=analog.deploy):
+    """Episode of a task that a new chip, its crossbars made by make, meets at tread."""
+    times = times_of_test(cfg, cfg.tread)
+    seen, learned = meet(key, meta, cfg, device, make, times, 1)
+    trial, readouts, pulses, w = jax.tree.map(lambda x: x[0], learned)
+    error = jax.vmap(squared_error, (None, None, 0))
     fired = sum(pulses)
-    moved = analog.weights(device, readouts[-1].g) - analog.weights(
-        device, readouts[0].g
-    )
-    return {
+    moved = analog.weights(device, readouts[-1].g - readouts[0].g)
+    measured = {
+        "mse": error(pooled(seen.moments), trial.query, jnp.stack(w)),
+        "mse_last": error(pooled(seen.last), trial.query, jnp.stack(w)),
         "pulses": jnp.sum(fired),
         "touched": 100 * jnp.mean(fired > 0),
         "dw": jnp.sum(jnp.abs(moved)),
-    }
-
-
-def episode(key, meta, cfg, device, make=analog.deploy):
-    """Episode of a task that a new chip, its crossbars made by make, meets at tread."""
-
-    def moments_of(e):  # of every time step, and of the last
-        return moments_of_range(e), moments_of_range(e[-1:])
-
-    times = times_of_test(cfg, cfg.tread)
-    met = meet(moments_of, key, meta, cfg, device, make, times, 1)
-    every, last = map(pooled, met.moments)
-    trial, readouts, pulses, w = jax.tree.map(lambda x: x[0], met[2:])
-    error = jax.vmap(squared_error, (None, None, 0))
-    measured = {
-        "mse": error(every, trial.query, jnp.stack(w)),
-        "mse_last": error(last, trial.query, jnp.stack(w)),
-        "rates": met.rates,
-        **changes(device, readouts, pulses),
+        "rates": seen.rates,
     }
     y = trial.query.y * 2**cfg.dac_bits
-    return Episode(
-        measured, trial, jnp.stack([y, every.first @ w[0], every.first @ w[-1]])
-    )
+    before, after = seen.moments.first @ w[0], seen.moments.first @ w[-1]
+    return Episode(measured, trial, jnp.stack([y, before, after]))
 
 
 @jax.jit(static_argnums=(0, 1, 2, 3))
@@ -983,8 +950,7 @@ def check(cfg, devices):
             stop(f"--{field.name} must be from {bounds[0]} to {bounds[1]}, not {value}")
     n, learning = len(devices), (cfg.n_inner - 1) * cfg.tlook
     last, soonest = cfg.tprog + learning, learning + analog.MIN_AGE
-    low = max(device.g_min for device in devices)
-    high = min(device.g_prog for device in devices)
+    low, high = common_range(devices)
     needs = {
         "--device: a name stands twice": len({x.name for x in devices}) == n,
         "--device: all must agree in g_max": len({x.g_max for x in devices}) == 1,

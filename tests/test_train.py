@@ -101,7 +101,7 @@ def test_delta_rule_equals_autodiff_of_the_time_steps(x64):
         return oracle.squared_error(train.dynamics_of(cfg), weights, u, trial.y)
 
     w = jax.random.normal(KEY, (cfg.n_h1,))
-    found = 2 * train.residual(train.moments_by_level(e), trial.support, w)
+    found = 2 * train.residual(train.moments_of(e), trial.support, w)
     close(found, jax.jit(jax.grad(error))(w), 1e-9)
 
 
@@ -118,8 +118,9 @@ def test_query_error_equals_the_mean_over_a_fine_grid(x64, last):
     outputs = (e @ w)[:, network.level(cfg.dac_bits, x)]
     expected = jnp.mean((outputs - task.target(x)) ** 2)
     samples = train.samples_of_range(cfg, task)
+    moments = train.pooled(train.moments_of(e))
     # The 16 midpoints of a level are 0.04 apart: to 0.04²/24 of the largest derivatives.
-    close(train.squared_error(train.moments_of_range(e), samples, w), expected, 1e-3)
+    close(train.squared_error(moments, samples, w), expected, 1e-3)
 
 
 def plain_residual(moments, samples, w):
@@ -140,26 +141,20 @@ def plain_squared_error(cfg, moments, task, w):
 
 
 def make_plain(patch, cfg):
-    """Replace closed forms and the custom derivative by explicit squared errors and
-    autodiff."""
+    """Replace closed forms by explicit squared errors and autodiff."""
 
     def traces_themselves(e):
         return train.Moments(e, e)
-
-    def lif(alpha, drive):
-        return network.spike(network.potentials(alpha, drive) - network.THRESHOLD)
 
     def pairs(cfg, x, y):
         return network.level(cfg.dac_bits, x), y
 
     patch.setattr(train, "samples_of", pairs)
     patch.setattr(train, "samples_of_range", lambda cfg, task: task)
-    patch.setattr(train, "moments_by_level", traces_themselves)
-    patch.setattr(train, "moments_of_range", traces_themselves)
+    patch.setattr(train, "moments_of", traces_themselves)
     patch.setattr(train, "pooled", lambda moments: moments)
     patch.setattr(train, "residual", plain_residual)
     patch.setattr(train, "squared_error", functools.partial(plain_squared_error, cfg))
-    patch.setattr(network, "lif", lif)
 
 
 def test_meta_gradient_equals_second_order_autodiff(x64):
@@ -211,7 +206,7 @@ def test_times_of_an_adaptation():
 
 @functools.cache
 def met():
-    """What a chip and 3 tasks with the same samples have done, and the times."""
+    """train.Learned of 3 tasks with the same samples on one chip, and the times."""
     cfg, devices = configured(device="ibm", n_inner=3, grad_thr=0.01)
     times = train.times_of(cfg, cfg.tread, cfg.twait)
     trial = train.draw_trial(KEY, cfg)
@@ -220,11 +215,9 @@ def met():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "draw_trial", lambda key, cfg: trial)
         run = jax.jit(
-            lambda meta: train.meet(
-                train.moments_of_range, KEY, meta, cfg, devices[0], make, times, 3
-            )
+            lambda meta: train.meet(KEY, meta, cfg, devices[0], make, times, 3)
         )
-        return run(meta), times
+        return run(meta)[1], times
 
 
 def test_only_pulsed_devices_change_at_the_time_of_their_pulse():
@@ -346,14 +339,9 @@ def test_firing_rates_are_penalized(monkeypatch):
     moments = train.Moments(jnp.eye(2)[None], jnp.zeros((16, 2)))
     query = train.Samples(jnp.ones(1), jnp.zeros(16), jnp.ones(()))
     trial = train.Trial(None, None, None, jax.tree.map(lambda x: x[None], query))
-    done = train.Met(
-        moments,
-        jnp.array([100.0, 350.0]),
-        trial,
-        [],
-        [jnp.ones((1, 2, 2, 1))],
-        [jnp.zeros((1, 2))],
-    )
+    seen = train.Seen(moments, moments, jnp.array([100.0, 350.0]))
+    pulses, w = [jnp.ones((1, 2, 2, 1))], [jnp.zeros((1, 2))]
+    done = seen, train.Learned(trial, [], pulses, w)
     monkeypatch.setattr(train, "meet", lambda *arguments: done)
     for weight, expected in ((0.0, 1.0), (0.01, 1 + 0.01 * (1 + 1.5**2))):
         cfg, devices = configured(lambda_fr=weight)
@@ -409,10 +397,8 @@ def on_chips_of_a_network(n_chips):
     def one(key, g):
         make = functools.partial(train.injected, cfg)
         chip = network.assemble(key, devices[0], make, g)
-        measured, rates = train.observe(
-            train.moments_of_range, key, cfg, devices[0], chip, 100.0
-        )
-        return train.pooled(measured), rates, chip, train.draw_trial(key, cfg)
+        seen = train.observe(key, cfg, devices[0], chip, 100.0)
+        return seen, chip, train.draw_trial(key, cfg)
 
     run = jax.jit(lambda keys, g: train.on_chips(one, keys, g))
     return run(jax.random.split(KEY, n_chips), start(cfg, devices).meta.g)
