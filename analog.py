@@ -532,25 +532,20 @@ def verify(key, device, target, state, unfinished, may_reset, t):
 
 
 def program_by_pulses(key, device, xbar, target, t):
-    """Programmed by program-and-verify: RESET, then verify until all devices are
-    finished."""
-    reset_key, loop_key = jax.random.split(key)
+    """Programmed by program-and-verify: RESET, then MAX_STEPS verify steps, in which the
+    devices that are finished rest."""
+    reset_key, verify_key = jax.random.split(key)
     none = jnp.zeros(target.shape, int)
     every = none == 0
     start = Programmed(reset(reset_key, device, xbar, every, t), none, none + 1, none)
 
-    def goes_on(carry):
-        step, _, unfinished = carry
-        return (step < MAX_STEPS) & jnp.any(unfinished)
-
-    def step_on(carry):
-        step, state, unfinished = carry
-        step_key = jax.random.fold_in(loop_key, step)
+    def one(carry, step):
+        step_key = jax.random.fold_in(verify_key, step)
         may_reset = step < NO_RESET
-        done = verify(step_key, device, target, state, unfinished, may_reset, t)
-        return step + 1, *done
+        return verify(step_key, device, target, *carry, may_reset, t), None
 
-    return jax.lax.while_loop(goes_on, step_on, (0, start, every))[1]
+    (done, _), _ = jax.lax.scan(one, (start, every), jnp.arange(MAX_STEPS))
+    return done
 
 
 def program(key, device, xbar, target, t=0.0):

@@ -105,7 +105,8 @@ def over_time(step, inputs):
 
 def potentials(alpha, drive):
     """Membrane potentials [T, ...] of neurons from rest under drive [T, ...]."""
-    return over_time(partial(lif_step, alpha), drive)
+    step = partial(lif_step, alpha)
+    return over_time(step, drive)
 
 
 def lif(alpha, drive):
@@ -130,9 +131,8 @@ def level(n_bits, x):
     low, high = X_RANGE
     n_levels = 2**n_bits
     share = (x - low) / (high - low)
-    index = jnp.floor(share * n_levels)
-    index = jnp.clip(index, 0, n_levels - 1)
-    return index.astype(jnp.int32)
+    index = (share * n_levels).astype(jnp.int32)
+    return jnp.clip(index, 0, n_levels - 1)
 
 
 def level_centres(n_bits):
@@ -159,7 +159,8 @@ def simulate(dynamics, hidden, u):
 def each(read, key, device, xbars, t):
     """[read(key, device, crossbar, t)] of every crossbar, each with a key of its own."""
     keys = jax.random.split(key, len(xbars))
-    return [read(key, device, xbar, t) for key, xbar in zip(keys, xbars, strict=True)]
+    pairs = zip(keys, xbars, strict=True)
+    return [read(key, device, xbar, t) for key, xbar in pairs]
 
 
 def column_sums(device, g):
@@ -178,13 +179,17 @@ def assemble(key, device, make, g):
     xbars = jax.tree.map(analog.Crossbar, *map(unravel, made))
     reads = each(analog.read, read_key, device, xbars.hidden, device.t0)
     sums = partial(column_sums, device)
-    return Chip(xbars, tuple(map(sums, reads)))
+    reference = tuple(map(sums, reads))
+    return Chip(xbars, reference)
 
 
 def mean_over_rows(w):
-    """Weights [2, neurons] of input and bias, of those of all rows [2·n_rows, neurons]."""
+    """What the input 1 and the bias add to each neuron [2, neurons], of the weights of all
+    rows [2·n_rows, neurons]."""
     of_input, of_bias = jnp.split(w, 2)
-    return jnp.stack([jnp.mean(of_input, 0), BIAS * jnp.mean(of_bias, 0)])
+    from_input = jnp.mean(of_input, 0)
+    from_bias = BIAS * jnp.mean(of_bias, 0)
+    return jnp.stack([from_input, from_bias])
 
 
 def read_hidden(key, device, chip, t, compensate):
@@ -211,16 +216,16 @@ def read_readout(key, device, readout, t):
 def start(key, device, sizes, n_rows):
     """Conductances (µS), a Network, at the start of meta-training; sizes are the neurons of
     each hidden layer, n_rows the rows of the input."""
+    uniform = partial(jax.random.uniform, minval=-1.0, maxval=1.0)
     first, *keys = jax.random.split(key, len(sizes))
-    of_layer_0 = jax.random.uniform(first, (2, sizes[0]), minval=-1.0, maxval=1.0)
+    of_layer_0 = uniform(first, (2, sizes[0]))
     w = [jnp.repeat(of_layer_0, n_rows, 0)]
-    layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
-    for key, n_in, n_out in layers:
+    for key, n_in, n_out in zip(keys, sizes[:-1], sizes[1:], strict=True):
         bound = (6 / (n_in + n_out)) ** 0.5
-        inner = jax.random.uniform(key, (n_in, n_out), minval=-bound, maxval=bound)
+        inner = bound * uniform(key, (n_in, n_out))
         bias = jnp.zeros((1, n_out))
         w.append(jnp.concatenate([inner, bias]))
-    hidden = tuple(analog.conductances(device, w) for w in w)
+    hidden = tuple(analog.conductances(device, layer) for layer in w)
     lowest = device.g_min + READOUT_START * analog.span(device)
     readout = jnp.full((2, sizes[-1], 1), lowest, float)
     return Network(hidden, readout)

@@ -28,11 +28,9 @@ import os
 import platform
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.parse
 import uuid
 import warnings
 from contextlib import suppress
@@ -51,7 +49,6 @@ import network
 from img import figures
 
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
-JOINING = 300  # s, to wait for other hosts
 LR_THETA = 0.1  # step of the optimizer for ln θ
 MOST_NORM = 3.0  # of an outer gradient, squared error per range of a conductance
 
@@ -318,9 +315,8 @@ def on_chips(f, keys, meta):
         return in_turn(lambda key: f(key, meta), keys)
 
     n_chips = math.gcd(len(keys), jax.device_count())
-    n_parts = 2 ** int(math.log2(jax.device_count() // n_chips))
-    used = np.array(jax.devices()[: n_chips * n_parts])
-    mesh = jax.sharding.Mesh(used.reshape(n_chips, n_parts), ("chips", "levels"))
+    places = np.array(jax.devices()).reshape(n_chips, -1)
+    mesh = jax.sharding.Mesh(places, ("chips", "levels"))
     stacked = jax.shard_map(
         here,
         mesh=mesh,
@@ -407,15 +403,8 @@ def comparators(key, cfg, gradient, theta):
     return jnp.sum(network.spike(wanted - j * theta), 0)[..., None]
 
 
-def real(key, cfg, gradient, theta):
-    """Comparators without rounding: max(∓g/θ, 0) pulses [2, H, 1], the last of them in
-    part."""
-    wanted = jnp.stack([-gradient, gradient]) / theta
-    return analog.clip(wanted, 0.0, float(most_pulses(cfg)))[..., None]
-
-
 # Functions of (key, cfg, gradient, theta), to pulses [2, H, 1].
-RULES = {"comparators": comparators, "real": real}
+RULES = {"comparators": comparators}
 
 
 class Looks(NamedTuple):
@@ -981,10 +970,10 @@ def resumed(flags, folder):
     """The Run in a folder with the flags that may change; others must be as they were."""
     run = load(folder)
     named = flags.pop("device", None)
-    changed = {name for name, x in flags.items() if x != getattr(run.cfg, name)}
+    other = {name for name, x in flags.items() if x != getattr(run.cfg, name)}
     if named and devices_of(named) != run.devices:
-        changed.add("device")
-    for name in sorted(changed - MAY_CHANGE):
+        other.add("device")
+    for name in sorted(other - MAY_CHANGE):
         stop(f"{folder} holds a run with another --{name}: leave that flag out")
     cfg = dataclasses.replace(run.cfg, **flags)
     check(cfg, run.devices)
@@ -999,11 +988,9 @@ def resumed(flags, folder):
 
 
 def name_of(flags):
-    """The name of runs without a preset: their devices, and their tasks if other than the
-    default."""
+    """The name of runs without a preset: their devices."""
     given = Config(**flags)
-    words = [device.name for device in devices_of(given.device)]
-    return "+".join(words if given.tasks == Config.tasks else [*words, given.tasks])
+    return "+".join(device.name for device in devices_of(given.device))
 
 
 def prepare(argv):
@@ -1169,37 +1156,23 @@ def execute(run, folder):
     print(f"results and figures in {folder}/")
 
 
-def reach(address):
-    """Wait until the coordinator of other hosts answers at HOST:PORT; without an answer XLA
-    aborts the process."""
-    place = urllib.parse.urlsplit(f"//{address}")
-    until = time.monotonic() + JOINING
-    while place.port and time.monotonic() < until:
-        with suppress(OSError):
-            return socket.create_connection((place.hostname, place.port), 5).close()
-        time.sleep(1)
-    raise RuntimeError(f"no coordinator answers at {address}")
-
-
 def join_hosts():
     """Join the other hosts, if their coordinator is named."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and not jax.distributed.is_initialized():
-        print(f"joining the hosts at {address}, for {JOINING} s if there is no answer")
-        place = [
-            os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        ]
-        n_hosts, host = [int(x) if x else None for x in place]
-        if host:  # 0 is the coordinator itself; a cluster's manager may know the number
-            reach(address)
-        jax.distributed.initialize(None, n_hosts, host, initialization_timeout=JOINING)
+        print(f"joining the hosts at {address}; without an answer JAX aborts in 300 s")
+        # a cluster's manager may know them
+        given = map(os.environ.get, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        n_hosts, host = [int(x) if x else None for x in given]
+        jax.distributed.initialize(None, n_hosts, host)
 
 
 def configure_backend():
-    """A device of JAX's per core, compiled programs kept for later runs, and other hosts."""
+    """JAX's devices, one per core, 2, 4, 8, … of them so that they share levels out; compiled
+    programs kept for later runs; other hosts."""
     with suppress(RuntimeError):  # already set up by whoever called main
         if "JAX_NUM_CPU_DEVICES" not in os.environ:
-            jax.config.update("jax_num_cpu_devices", cores())
+            jax.config.update("jax_num_cpu_devices", 2 ** int(math.log2(cores())))
     if not jax.config.jax_compilation_cache_dir:
         # by machine, as another may have another processor
         cache = Path(__file__).parent / "__pycache__" / platform.node()
@@ -1210,8 +1183,6 @@ def configure_backend():
         jax.devices()
     except (RuntimeError, ValueError) as error:
         stop(f"JAX cannot start: {error}")
-    if jax.process_count() > 1 and math.log2(jax.device_count()) % 1:
-        stop("the hosts must have 2, 4, 8, … of JAX's devices together")
     if jax.process_index():  # of several hosts the first alone speaks
         sys.stdout = open(os.devnull, "w")
 

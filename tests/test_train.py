@@ -187,15 +187,6 @@ def test_comparators_count_thresholds_passed():
         np.testing.assert_array_equal(counts[..., 0], [plus, minus])
 
 
-def test_real_updates_are_what_comparators_round():
-    cfg, _ = configured(n_bits=3)
-    counts = train.real(KEY, cfg, jnp.array([-0.4, 0.0, 2.5, 9.0]), jnp.ones(1))
-    np.testing.assert_allclose(counts[..., 0], [[0.4, 0, 0, 0], [0, 0, 2.5, 3]])
-    xbar = analog.fabricate(KEY, analog.PERF, jnp.full((2, 4, 1), 3.0))
-    after = analog.fire(KEY, analog.PERF, xbar, counts, train.most_pulses(cfg), 101.0)
-    np.testing.assert_allclose(after.g, 3 + 0.75 * counts, rtol=1e-6)
-
-
 def test_times_of_an_adaptation():
     cfg, _ = configured(n_inner=3, tlook=20.0)
     times = train.times_of(cfg, 1000.0, 50.0)
