@@ -1,7 +1,7 @@
 """A crossbar of phase-change memory (PCM): pulses, drift, read noise and programming.
 
-Everything but programming is differentiable. Conductances G are in µS and times in s. N(mean, std²)
-is a normal draw, r = G/g_max, and age the time since the last pulse, at least 1 s.
+Everything but program-and-verify passes a gradient. Conductances G are in µS and times in s.
+N(mean, std²) is a normal draw, r = G/g_max, and age the time since the last pulse, at least 1 s.
 
     SET pulse    P ← P·exp(−1/history_decay)
                  G ← clip(G + N(set_slope·G + set_offset + set_history·P,
@@ -331,7 +331,7 @@ def clip(x, low, high):
     """x saturated at [low, high]. The derivative is 1 on the closed range and 0 outside
     (jnp.clip has 0.5 at the ends)."""
     inside = (x >= low) & (x <= high)
-    return jnp.where(inside, x, jax.lax.stop_gradient(jnp.clip(x, low, high)))
+    return jnp.where(inside, x, jnp.clip(x, low, high))
 
 
 def span(device):
@@ -347,8 +347,8 @@ def weights(device, g):
 def conductances(device, w):
     """One-sided pairs [2, rows, cols] in µS of weights w in [−1, 1]: one device carries
     |w|, the other is at g_min."""
-    sides = jnp.stack([jnp.maximum(w, 0.0), jnp.maximum(-w, 0.0)])
-    return device.g_min + span(device) * sides
+    sides = jnp.stack([w, -w])
+    return device.g_min + span(device) * jnp.maximum(sides, 0.0)
 
 
 def set_mean(device, g, p):
@@ -416,18 +416,14 @@ def read(key, device, xbar, t):
 
 def changed(xbar, mask, **fields):
     """Crossbar with new fields where mask is true and the device is not stuck."""
-    acts = mask & xbar.free
-    new = {
-        name: jnp.where(acts, value, getattr(xbar, name))
-        for name, value in fields.items()
-    }
-    return xbar._replace(**new)
+    choose = functools.partial(jnp.where, mask & xbar.free)
+    return jax.tree.map(choose, xbar._replace(**fields), xbar)
 
 
-def pulse(key, device, xbar, amount, is_reset, t):
+def pulse(key, device, xbar, amount, t, is_reset=False):
     """Crossbar after one pulse of each device at time t (s): a RESET where is_reset [2, rows,
-    cols], else SET. amount is 1 where it is fired and 0 where it is not, or the share of a
-    SET pulse; it passes a gradient."""
+    cols], else SET. amount [2, rows, cols] is 1 where it is fired and 0 where it is not, or
+    the share of a SET pulse: a number, so that it passes a gradient."""
     noise_key, nu_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, xbar.g.shape)
     amount = jnp.where(xbar.free, amount, 0.0)
@@ -441,15 +437,10 @@ def pulse(key, device, xbar, amount, is_reset, t):
     return changed(xbar, amount > 0, t_prog=t, nu=nu, p=p)._replace(g=g)
 
 
-def set_pulse(key, device, xbar, amount, t):
-    """Crossbar after a SET pulse at time t (s), or the share amount [2, rows, cols] of it."""
-    return pulse(key, device, xbar, amount, False, t)
-
-
 def reset(key, device, xbar, mask, t):
     """Crossbar after a RESET at time t (s) of the devices whose mask [2, rows, cols] is
     true."""
-    return pulse(key, device, xbar, mask.astype(float), True, t)
+    return pulse(key, device, xbar, mask.astype(float), t, is_reset=True)
 
 
 def place(key, device, xbar, target, error_std, t):
@@ -490,14 +481,15 @@ def fabricate(key, device, target, error_std=0.0):
 
 def fire(key, device, xbar, counts, n_most, t):
     """Crossbar after counts [2, rows, cols] SET pulses at time t (s), at most n_most of
-    each device; the last of them may be a part of a pulse. A count passes its gradient
-    through its last pulse, and 0 through a first pulse that is not fired."""
+    each device; the last of them may be a part of a pulse. The gradient of a count goes
+    through the last pulse that it fires; that of a count of 0 through the first, as if it
+    were fired."""
 
     def fire_one(xbar, inputs):
         key, n_fired = inputs
         counted = n_fired < jnp.maximum(counts, 1.0)
         amount = jnp.where(counted, clip(counts - n_fired, 0.0, 1.0), 0.0)
-        return set_pulse(key, device, xbar, amount, t), None
+        return pulse(key, device, xbar, amount, t), None
 
     keys = jax.random.split(key, n_most)
     return jax.lax.scan(fire_one, xbar, (keys, jnp.arange(float(n_most))))[0]
@@ -513,45 +505,35 @@ class Programmed(NamedTuple):
     reads: jax.Array  # verify reads, each t0 after a pulse
 
 
-def verify(key, device, target, state, unfinished, may_reset, t):
-    """Programmed after one verify step at time t (s) of the unfinished devices, and which
-    are still unfinished. A device is finished when a read t0 after its pulse is within the
-    tolerance of its target (µS); else it gets a SET pulse, or a RESET if it has overshot
-    and may_reset. Programming takes no simulated time: all of its pulses carry the time t."""
-    read_key, pulse_key = jax.random.split(key)
-    reads = state.reads + unfinished.astype(int)
-    error = measure(read_key, device, state.xbar, t + device.t0) - target
-    tolerance = TOLERANCE * span(device)
-    over = unfinished & (error > tolerance) & may_reset
-    under = unfinished & (error < -tolerance)
-    unfinished = over | under
-    xbar = pulse(pulse_key, device, state.xbar, unfinished.astype(float), over, t)
-    pulses = state.pulses + under.astype(int)
-    resets = state.resets + over.astype(int)
-    return Programmed(xbar, pulses, resets, reads), unfinished
-
-
 def program_by_pulses(key, device, xbar, target, t):
-    """Programmed by program-and-verify: RESET, then MAX_STEPS verify steps, in which the
-    devices that are finished rest."""
+    """Programmed by program-and-verify at time t (s): RESET, then MAX_STEPS steps. In each,
+    an unfinished device is read t0 after its pulse. Within the tolerance of its target (µS)
+    it is finished; below, it gets a SET pulse, and above, a RESET."""
     reset_key, verify_key = jax.random.split(key)
-    none = jnp.zeros(target.shape, int)
-    every = none == 0
-    start = Programmed(reset(reset_key, device, xbar, every, t), none, none + 1, none)
+    every = jnp.full(target.shape, True)
+    erased = reset(reset_key, device, xbar, every, t)
+    tolerance = TOLERANCE * span(device)
 
-    def one(carry, step):
-        step_key = jax.random.fold_in(verify_key, step)
-        may_reset = step < NO_RESET
-        return verify(step_key, device, target, *carry, may_reset, t), None
+    def verify(state, step):
+        xbar, unfinished = state
+        read_key, pulse_key = jax.random.split(jax.random.fold_in(verify_key, step))
+        error = measure(read_key, device, xbar, t + device.t0) - target
+        under = unfinished & (error < -tolerance)
+        over = unfinished & (error > tolerance) & (step < NO_RESET)
+        fired = under | over
+        xbar = pulse(pulse_key, device, xbar, fired.astype(float), t, over)
+        return (xbar, fired), (under, over, unfinished)
 
-    (done, _), _ = jax.lax.scan(one, (start, every), jnp.arange(MAX_STEPS))
-    return done
+    steps = jnp.arange(MAX_STEPS)
+    (xbar, _), counted = jax.lax.scan(verify, (erased, every), steps)
+    pulses, resets, reads = (jnp.sum(x, 0) for x in counted)
+    return Programmed(xbar, pulses, resets + 1, reads)
 
 
 def program(key, device, xbar, target, t=0.0):
-    """Programmed to target [2, rows, cols] in µS at time t (s): by pulses, or with the
-    error that the family's source states for its whole procedure, whose pulses are not
-    known and not counted."""
+    """Programmed to target [2, rows, cols] in µS at time t (s), which is that of all pulses:
+    by pulses, or with the error that the family's source states for its whole procedure,
+    whose pulses are not known and not counted."""
     if not hasattr(device.law, "prog_std"):
         return program_by_pulses(key, device, xbar, target, t)
     error_std = device.g_max * device.law.prog_std(target / device.g_max)

@@ -102,7 +102,7 @@ class Config:
     )
     n_rows: int = setting(
         16,
-        "rows that carry the input, and as many its bias; layer 0 weights by their mean",
+        "rows that carry the input, and as many for the bias of layer 0; a weight is the mean",
         NEURONS,
     )
     n_h0: int = setting(40, "neurons of layer 0", NEURONS)
@@ -202,12 +202,17 @@ class Sinusoid(NamedTuple):
 TASKS = {"sinusoids": Sinusoid}
 
 
-class Samples(NamedTuple):
-    """Samples of a task, summed by the level of their input."""
+class Support(NamedTuple):
+    """The samples of a task that the chip sees, summed by the level of their input."""
 
-    # [L], p_l; [1] where all levels count alike and their S is averaged beforehand
-    share: jax.Array
+    share: jax.Array  # [L], p_l
     y: jax.Array  # [L], p_l ȳ_l
+
+
+class Query(NamedTuple):
+    """A task over the whole input range, all levels alike."""
+
+    y: jax.Array  # [L], ȳ_l / L
     y2: jax.Array  # mean of y²
 
 
@@ -216,23 +221,23 @@ class Trial(NamedTuple):
 
     x: jax.Array  # [task_size], inputs of the support
     y: jax.Array  # [task_size], its targets
-    support: Samples
-    query: Samples  # the whole input range
+    support: Support
+    query: Query
 
 
-def samples_of(cfg, x, y):
-    """Samples of the pairs x, y [N]."""
+def support_of(cfg, x, y):
+    """Support of the samples x, y [N]."""
     level = network.level(cfg.dac_bits, x)
     at_level = jax.nn.one_hot(level, 2**cfg.dac_bits) / len(x)  # [N, L]
-    return Samples(jnp.sum(at_level, 0), y @ at_level, jnp.mean(y**2))
+    return Support(jnp.sum(at_level, 0), y @ at_level)
 
 
-def samples_of_range(cfg, task):
-    """Samples of a task over the whole input range: several in each level's cell, so that
-    the converter's own error counts."""
+def query_of(cfg, task):
+    """Query of a task: several inputs in each level's cell, so that the converter's own
+    error counts."""
     x = network.level_centres(max(cfg.dac_bits + 1, 8))
     y = task.target(x).reshape(2**cfg.dac_bits, -1)
-    return Samples(jnp.ones(1), jnp.mean(y, 1) / len(y), jnp.mean(y**2))
+    return Query(jnp.mean(y, 1) / len(y), jnp.mean(y**2))
 
 
 def draw_trial(key, cfg):
@@ -242,7 +247,7 @@ def draw_trial(key, cfg):
     low, high = network.X_RANGE
     x = jax.random.uniform(x_key, (cfg.task_size,), minval=low, maxval=high)
     y = task.target(x)
-    return Trial(x, y, samples_of(cfg, x, y), samples_of_range(cfg, task))
+    return Trial(x, y, support_of(cfg, x, y), query_of(cfg, task))
 
 
 # ---- the quadratic -------------------------------------------------------------------------------
@@ -251,7 +256,7 @@ def draw_trial(key, cfg):
 class Moments(NamedTuple):
     """Means over time of the traces of one read."""
 
-    second: jax.Array  # [L, H, H], of e eᵀ; [1, H, H] where averaged over the levels
+    second: jax.Array  # [L, H, H], of e eᵀ
     first: jax.Array  # [L, H], of e
 
 
@@ -261,23 +266,18 @@ def moments_of(e):
     return Moments(second, jnp.mean(e, 0))
 
 
-def pooled(moments):
-    """Moments for samples of the whole range, which count all levels alike: S is their mean
-    over the levels, taken once for all tasks."""
-    return moments._replace(second=jnp.mean(moments.second, 0, keepdims=True))
+def residual(moments, support, w):
+    """S w − b [H] of weights w [H]: half the gradient of the support's squared error. The
+    product with w comes first, which tasks share as long as they share w."""
+    s_w = support.share @ (moments.second @ w)
+    return s_w - support.y @ moments.first
 
 
-def residual(moments, samples, w):
-    """S w − b [H] of weights w [H]: half the gradient of the squared error. The product with
-    w comes first, which tasks share as long as they share w."""
-    s_w = samples.share @ (moments.second @ w)
-    return s_w - samples.y @ moments.first
-
-
-def squared_error(moments, samples, w):
-    """wᵀ S w − 2 b·w + c of weights w [H]."""
-    b = samples.y @ moments.first
-    return w @ (residual(moments, samples, w) - b) + samples.y2
+def squared_error(moments, query, w):
+    """wᵀ S w − 2 b·w + c of weights w [H] over the whole range, whose S all tasks share."""
+    s_w = jnp.mean(moments.second, 0) @ w
+    b = query.y @ moments.first
+    return w @ (s_w - 2 * b) + query.y2
 
 
 # ---- parallelism: chips over cores, accelerators and hosts; levels over those that share a chip --
@@ -286,24 +286,18 @@ P = jax.sharding.PartitionSpec
 BATCH = 64  # chips or looks that an accelerator takes at a time
 
 
-def on_levels(f, w, u):
-    """f(w, u) of equal parts of the levels u [L], stacked along axis 0; of all at once
-    where they cannot be shared out."""
+def shared_out(u):
+    """The levels u [L], shared out over the devices of JAX's that share a chip, if they can
+    be. XLA shares the simulation out with them."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or len(u) % mesh.shape["levels"]:
-        return f(w, u)
-    return jax.shard_map(
-        f,
-        in_specs=(P(), P("levels")),
-        out_specs=P("levels"),
-        axis_names={"levels"},
-        check_vma=False,
-    )(w, u)
+        return u
+    return jax.lax.with_sharding_constraint(u, P("levels"))
 
 
 def in_turn(f, x):
-    """f of every x, stacked: one after the other on a core, whose caches hold one, else in
-    batches."""
+    """f of every x, stacked: one at a time on a core, whose caches hold one, else BATCH at a
+    time."""
     batch_size = None if jax.default_backend() == "cpu" else BATCH
     return jax.lax.map(f, x, batch_size=batch_size)
 
@@ -354,14 +348,10 @@ class Seen(NamedTuple):
 
 def observe(key, cfg, device, chip, t):
     """Seen of one read of a chip at time t (s)."""
-
-    def simulate(w, u):
-        e, rates = network.simulate(dynamics_of(cfg), w, u)
-        return Seen(moments_of(e), moments_of(e[-1:]), rates[None])
-
     w = network.read_hidden(key, device, chip, t, cfg.compensate)
-    seen = on_levels(simulate, w, network.level_centres(cfg.dac_bits))
-    return seen._replace(rates=jnp.mean(seen.rates, 0))
+    u = shared_out(network.level_centres(cfg.dac_bits))
+    e, rates = network.simulate(dynamics_of(cfg), w, u)
+    return Seen(moments_of(e), moments_of(e[-1:]), rates)
 
 
 # ---- inner loop: a chip adapts to a task ---------------------------------------------------------
@@ -381,7 +371,8 @@ def times_of(cfg, age, wait):
     first pulse."""
     first = age + (cfg.tprog - cfg.tread)
     pulses = first + cfg.tlook * jnp.arange(float(cfg.n_inner))
-    reads = pulses.at[0].set(age)  # further looks read and pulse at once
+    # the first look reads at age and pulses later; further looks do both at once
+    reads = pulses.at[0].set(age)
     return Times(reads, pulses, first + wait)
 
 
@@ -525,7 +516,7 @@ def meta_loss(key, meta, cfg, device, n_tasks):
     make = partial(injected, cfg)
     seen, learned = meet(meet_key, meta, cfg, device, make, times, n_tasks)
     error = jax.vmap(squared_error, (None, 0, 0))
-    loss = jnp.mean(error(pooled(seen.moments), learned.trial.query, learned.w[-1]))
+    loss = jnp.mean(error(seen.moments, learned.trial.query, learned.w[-1]))
     measured = {
         "loss": loss,
         "rates": seen.rates,
@@ -666,8 +657,8 @@ def episode(key, meta, cfg, device, make=analog.deploy):
     fired = sum(pulses)
     moved = analog.weights(device, readouts[-1].g - readouts[0].g)
     measured = {
-        "mse": error(pooled(seen.moments), trial.query, jnp.stack(w)),
-        "mse_last": error(pooled(seen.last), trial.query, jnp.stack(w)),
+        "mse": error(seen.moments, trial.query, jnp.stack(w)),
+        "mse_last": error(seen.last, trial.query, jnp.stack(w)),
         "pulses": jnp.sum(fired),
         "touched": 100 * jnp.mean(fired > 0),
         "dw": jnp.sum(jnp.abs(moved)),
@@ -698,9 +689,9 @@ def yardsticks(cfg):
     """Squared errors of predicting 0 and of the best function that ignores the task, over
     2¹⁴ tasks."""
     tasks = jax.vmap(TASKS[cfg.tasks].draw)(jax.random.split(jax.random.key(0), 2**14))
-    samples = jax.vmap(partial(samples_of_range, cfg))(tasks)
-    zero = float(jnp.mean(samples.y2))
-    best = 2**cfg.dac_bits * jnp.mean(samples.y, 0)
+    queries = jax.vmap(partial(query_of, cfg))(tasks)
+    zero = float(jnp.mean(queries.y2))
+    best = 2**cfg.dac_bits * jnp.mean(queries.y, 0)
     gain = float(jnp.mean(best**2))
     return {"predicting 0": zero, "best function that ignores the task": zero - gain}
 

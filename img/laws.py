@@ -38,7 +38,7 @@ def simulate(device):
     aged = jax.vmap(partial(analog.drift, device, middle))(jnp.array(AGES))
 
     def pulse(xbar, key):
-        after = analog.set_pulse(key, device, xbar, jnp.ones_like(xbar.g), 0.0)
+        after = analog.pulse(key, device, xbar, jnp.ones_like(xbar.g), 0.0)
         return after, after.g
 
     start = analog.reset(keys[4], device, middle, middle.free, 0.0)

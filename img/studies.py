@@ -69,13 +69,8 @@ def learn(key, meta, cfg, device, chip, trial, times):
 
 
 def moments_at(key, cfg, device, chip, t):
-    """Moments of the whole range in one read of a chip."""
-    return train.pooled(train.observe(key, cfg, device, chip, t).moments)
-
-
-def quadratic(moments, samples):
-    """S [H, H] and b [H] of the squared error of a readout, of moments by level."""
-    return jnp.tensordot(samples.share, moments.second, 1), samples.y @ moments.first
+    """Moments of one read of a chip."""
+    return train.observe(key, cfg, device, chip, t).moments
 
 
 def learn_and_test(key, meta, cfg, device, chip, trial, times):
@@ -252,7 +247,9 @@ def regression(key, meta, cfg, device):
     chip, trial = new_chip(chip_key, meta, cfg, device)
     times = train.times_of_test(cfg, cfg.tread)
     looks = train.look_at(look_key, cfg, device, chip, times)
-    second, first = quadratic(looks.moments_at(0), trial.support)
+    seen, support = looks.moments_at(0), trial.support
+    second = jnp.tensordot(support.share, seen.second, 1)
+    first = support.y @ seen.first
     query = moments_at(query_key, cfg, device, chip, times.query)
     eye = jnp.eye(len(first))
     error = partial(train.squared_error, query, trial.query)
@@ -262,7 +259,8 @@ def regression(key, meta, cfg, device):
         on_chip = written(write_key, cfg, device, chip, w)
         return {"ridge regression": error(w), "ridge, written": error(on_chip)}
 
-    best = jnp.linalg.solve(query.second[0] + 1e-5 * eye, trial.query.y @ query.first)
+    range_second = jnp.mean(query.second, 0) + 1e-5 * eye
+    best = jnp.linalg.solve(range_second, trial.query.y @ query.first)
     found = jax.lax.map(fit, jnp.array(RIDGES))
     return {**found, "best readout of all inputs": error(best)}
 

@@ -78,7 +78,7 @@ def test_gradient_equals_that_of_single_time_steps(x64):
         np.testing.assert_allclose(a, b, atol=1e-10 * np.abs(b).max())
 
 
-def test_derivative_of_a_spike_is_the_surrogate():
+def test_derivative_of_a_spike_is_that_of_the_fast_sigmoid():
     u = jnp.array([-2.0, -0.1, 0.3, 4.0])
     first = jax.vmap(jax.grad(network.spike))
     second = jax.vmap(jax.grad(jax.grad(network.spike)))

@@ -76,7 +76,6 @@ def test_a_sum_over_levels_keeps_every_sample():
     counts = np.bincount(level, minlength=16)
     np.testing.assert_allclose(trial.support.share, counts / 50, rtol=1e-5)
     np.testing.assert_allclose(trial.support.y.sum(), trial.y.mean(), atol=1e-5)
-    np.testing.assert_allclose(trial.support.y2, np.mean(trial.y**2), rtol=1e-5)
 
 
 # ---- closed forms --------------------------------------------------------------------------------
@@ -117,10 +116,10 @@ def test_query_error_equals_the_mean_over_a_fine_grid(x64, last):
     )  # midpoints, 2,000 a level
     outputs = (e @ w)[:, network.level(cfg.dac_bits, x)]
     expected = jnp.mean((outputs - task.target(x)) ** 2)
-    samples = train.samples_of_range(cfg, task)
-    moments = train.pooled(train.moments_of(e))
+    query = train.query_of(cfg, task)
+    moments = train.moments_of(e)
     # The 16 midpoints of a level are 0.04 apart: to 0.04²/24 of the largest derivatives.
-    close(train.squared_error(moments, samples, w), expected, 1e-3)
+    close(train.squared_error(moments, query, w), expected, 1e-3)
 
 
 def plain_residual(moments, samples, w):
@@ -149,10 +148,9 @@ def make_plain(patch, cfg):
     def pairs(cfg, x, y):
         return network.level(cfg.dac_bits, x), y
 
-    patch.setattr(train, "samples_of", pairs)
-    patch.setattr(train, "samples_of_range", lambda cfg, task: task)
+    patch.setattr(train, "support_of", pairs)
+    patch.setattr(train, "query_of", lambda cfg, task: task)
     patch.setattr(train, "moments_of", traces_themselves)
-    patch.setattr(train, "pooled", lambda moments: moments)
     patch.setattr(train, "residual", plain_residual)
     patch.setattr(train, "squared_error", functools.partial(plain_squared_error, cfg))
 
@@ -328,7 +326,7 @@ def test_the_first_step_has_the_length_of_its_setting(monkeypatch):
 
 def test_firing_rates_are_penalized(monkeypatch):
     moments = train.Moments(jnp.eye(2)[None], jnp.zeros((16, 2)))
-    query = train.Samples(jnp.ones(1), jnp.zeros(16), jnp.ones(()))
+    query = train.Query(jnp.zeros(16), jnp.ones(()))
     trial = train.Trial(None, None, None, jax.tree.map(lambda x: x[None], query))
     seen = train.Seen(moments, moments, jnp.array([100.0, 350.0]))
     pulses, w = [jnp.ones((1, 2, 2, 1))], [jnp.zeros((1, 2))]
@@ -382,17 +380,19 @@ if jax.process_index() == 0:
 
 
 def on_chips_of_a_network(n_chips):
-    """Chips, moments and tasks drawn on as many devices as there are."""
+    """What a chip shows and the gradient of its loss, on as many devices as there are."""
     cfg, devices = configured(device="ibm", n_chips=2)
 
-    def one(key, g):
+    def one(key, meta):
         make = functools.partial(train.injected, cfg)
-        chip = network.assemble(key, devices[0], make, g)
+        chip = network.assemble(key, devices[0], make, meta.g)
         seen = train.observe(key, cfg, devices[0], chip, 100.0)
-        return seen, chip, train.draw_trial(key, cfg)
+        loss = functools.partial(train.meta_loss, cfg=cfg, device=devices[0], n_tasks=2)
+        gradient, _ = jax.grad(loss, 1, has_aux=True)(key, meta)
+        return seen, chip, train.draw_trial(key, cfg), gradient
 
-    run = jax.jit(lambda keys, g: train.on_chips(one, keys, g))
-    return run(jax.random.split(KEY, n_chips), start(cfg, devices).meta.g)
+    run = jax.jit(lambda keys, meta: train.on_chips(one, keys, meta))
+    return run(jax.random.split(KEY, n_chips), start(cfg, devices).meta)
 
 
 def hosts(n):
