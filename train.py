@@ -102,7 +102,7 @@ class Config:
     )
     n_rows: int = setting(
         16,
-        "rows that carry the input, and as many for the bias of layer 0; a weight is the mean",
+        "rows of layer 0 for the input, and as many for the bias; a weight is their mean",
         NEURONS,
     )
     n_h0: int = setting(40, "neurons of layer 0", NEURONS)
