@@ -517,6 +517,7 @@ def program_by_pulses(key, device, xbar, target, t):
     def verify(state, step):
         xbar, unfinished = state
         read_key, pulse_key = jax.random.split(jax.random.fold_in(verify_key, step))
+        # measure, as the converter of a verify read has a wider range
         error = measure(read_key, device, xbar, t + device.t0) - target
         under = unfinished & (error < -tolerance)
         over = unfinished & (error > tolerance) & (step < NO_RESET)
@@ -544,9 +545,8 @@ def program(key, device, xbar, target, t=0.0):
 def deploy(key, device, target):
     """A new crossbar programmed at t = 0 to target [2, rows, cols] in µS."""
     chip_key, program_key = jax.random.split(key)
-    return program(
-        program_key, device, fabricate(chip_key, device, target), target
-    ).xbar
+    new = fabricate(chip_key, device, target)
+    return program(program_key, device, new, target).xbar
 
 
 @functools.cache
