@@ -364,12 +364,12 @@ def set_std(device, g, p):
 def staircase(device, n_pulses):
     """Noise-free G [n_pulses + 1] in µS and P [n_pulses + 1] after RESET and each of
     n_pulses SET pulses."""
-    g, p = [device.reset_mean], [1.0]
-    for _ in range(n_pulses):
-        p.append(p[-1] * math.exp(-1 / device.history_decay))
-        raised = g[-1] + set_mean(device, g[-1], p[-1])
+    p = np.exp(-np.arange(n_pulses + 1) / device.history_decay)
+    g = [device.reset_mean]
+    for p_now in p[1:]:
+        raised = g[-1] + set_mean(device, g[-1], p_now)
         g.append(min(max(raised, device.g_min), device.g_max))
-    return np.array(g), np.array(p)
+    return np.array(g), p
 
 
 def history(device, g):
