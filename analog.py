@@ -267,8 +267,7 @@ def describe(device):
 
 
 def make(constants):
-    """Device of a flat dictionary of constants; ValueError names the first key that is
-    wrong."""
+    """Device of a flat dictionary of constants; ValueError names what is wrong."""
     given = {"name": "", "law": "nandakumar", **Device._field_defaults, **constants}
     given.pop("comment", None)
     name, law = given.pop("name"), FAMILIES.get(str(given.pop("law")))
@@ -277,12 +276,16 @@ def make(constants):
     if law is None:
         raise ValueError(f"key law must be one of {', '.join(FAMILIES)}")
     known = {*Device._fields, *law._fields} - {"name", "law"}
-    for key in sorted(known ^ given.keys()):
-        raise ValueError(f"key {key} is {'missing' if key in known else 'unknown'}")
+    wrong = [
+        f"{key} is {'missing' if key in known else 'unknown'}"
+        for key in sorted(known ^ given.keys())
+    ]
+    if wrong:
+        raise ValueError(f"key {', '.join(wrong)}")
     for key, x in given.items():
         low = LOWEST.get(key, 0)
         if type(x) not in (int, float) or not low <= x < math.inf:
-            raise ValueError(f"key {key} must be a number from {low} (G in µS): {x!r}")
+            raise ValueError(f"key {key} must be a number from {low} (µS and s): {x!r}")
     device = Device(name, law(*map(given.pop, law._fields)), **given)
     check_range(device)
     return device
@@ -296,6 +299,9 @@ def check_range(device):
         raise ValueError("key reset_mean must be from g_min to g_max")
     if device.stuck_low + device.stuck_high > 1:
         raise ValueError("keys stuck_low and stuck_high must not sum above 1")
+    by_pulses = not hasattr(device.law, "prog_std")
+    if by_pulses and set_mean(device, device.g_prog, 0.0) <= 0:
+        raise ValueError("key g_prog is where SET no longer raises G; lower it")
 
 
 def unique(pairs):

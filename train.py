@@ -965,7 +965,10 @@ def resumed(flags, folder):
     if named and devices_of(named) != run.devices:
         other.add("device")
     for name in sorted(other - MAY_CHANGE):
-        stop(f"{folder} holds a run with another --{name}: leave that flag out")
+        before = getattr(run.cfg, name)
+        stop(
+            f"{folder} holds a run with --{name} {before}: leave out that flag or --resume"
+        )
     cfg = dataclasses.replace(run.cfg, **flags)
     check(cfg, run.devices)
     if cfg.n_iter < run.step:
@@ -979,9 +982,11 @@ def resumed(flags, folder):
 
 
 def name_of(flags):
-    """The name of runs without a preset: their devices."""
+    """The name of runs without a preset: their devices, and their tasks if other than the
+    default."""
     given = Config(**flags)
-    return "+".join(device.name for device in devices_of(given.device))
+    words = [device.name for device in devices_of(given.device)]
+    return "+".join(words if given.tasks == Config.tasks else [*words, given.tasks])
 
 
 def prepare(argv):
@@ -1127,6 +1132,7 @@ def announce(run, folder):
     print(f"meta-analog on {where}, {cores()} cores)")
     print(f"run folder {folder}, settings: {settings_of(run)}")
     print("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
+    print("compiling, which takes up to a minute, comes first")
 
 
 def execute(run, folder):

@@ -556,6 +556,7 @@ WRONG = (
     ("g_min", 12.0),
     ("g_prog", 13.0),
     ("g_prog", 0.05),
+    ("g_prog", 10.7),  # SET ends at 10.6
     ("reset_mean", 13.0),
     ("reset_mean", 0.05),
     ("stuck_low", 1.1),
