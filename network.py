@@ -71,7 +71,8 @@ def spike(u):
     is 1/(1 + |u|)²."""
     sigmoid = u / (1 + jnp.abs(u))
     step = (u > 0).astype(u.dtype)
-    return step + (sigmoid - jax.lax.stop_gradient(sigmoid))
+    slope = sigmoid - jax.lax.stop_gradient(sigmoid)  # 0, but for its derivative
+    return step + slope
 
 
 def lif_step(alpha, v, drive):
