@@ -291,6 +291,11 @@ def make(constants):
     return device
 
 
+def by_pulses(device):
+    """Whether a device is programmed by pulses: its family states no error of its own."""
+    return not hasattr(device.law, "prog_std")
+
+
 def check_range(device):
     """ValueError where the constants of a device contradict each other."""
     if not device.g_min < device.g_prog <= device.g_max:
@@ -299,8 +304,7 @@ def check_range(device):
         raise ValueError("key reset_mean must be from g_min to g_max")
     if device.stuck_low + device.stuck_high > 1:
         raise ValueError("keys stuck_low and stuck_high must not sum above 1")
-    by_pulses = not hasattr(device.law, "prog_std")
-    if by_pulses and set_mean(device, device.g_prog, 0.0) <= 0:
+    if by_pulses(device) and set_mean(device, device.g_prog, 0.0) <= 0:
         raise ValueError("key g_prog is where SET no longer raises G; lower it")
 
 
@@ -541,7 +545,7 @@ def program(key, device, xbar, target, t=0.0):
     """Programmed to target [2, rows, cols] in µS at time t (s), which is that of all pulses:
     by pulses, or with the error that the family's source states for its whole procedure,
     whose pulses are not known and not counted."""
-    if not hasattr(device.law, "prog_std"):
+    if by_pulses(device):
         return program_by_pulses(key, device, xbar, target, t)
     error_std = device.g_max * device.law.prog_std(target / device.g_max)
     none = jnp.zeros(target.shape, int)

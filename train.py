@@ -212,7 +212,7 @@ class Support(NamedTuple):
 class Query(NamedTuple):
     """A task over the whole input range, all levels alike."""
 
-    y: jax.Array  # [L], ȳ_l / L
+    y: jax.Array  # [L], ȳ_l
     y2: jax.Array  # mean of y²
 
 
@@ -237,7 +237,7 @@ def query_of(cfg, task):
     error counts."""
     x = network.level_centres(max(cfg.dac_bits + 1, 8))
     y = task.target(x).reshape(2**cfg.dac_bits, -1)
-    return Query(jnp.mean(y, 1) / len(y), jnp.mean(y**2))
+    return Query(jnp.mean(y, 1), jnp.mean(y**2))
 
 
 def draw_trial(key, cfg):
@@ -276,7 +276,7 @@ def residual(moments, support, w):
 def squared_error(moments, query, w):
     """wᵀ S w − 2 b·w + c of weights w [H] over the whole range, whose S all tasks share."""
     s_w = jnp.mean(moments.second, 0) @ w
-    b = query.y @ moments.first
+    b = query.y @ moments.first / len(query.y)
     return w @ (s_w - 2 * b) + query.y2
 
 
@@ -664,9 +664,8 @@ def episode(key, meta, cfg, device, make=analog.deploy):
         "dw": jnp.sum(jnp.abs(moved)),
         "rates": seen.rates,
     }
-    y = trial.query.y * 2**cfg.dac_bits
     before, after = seen.moments.first @ w[0], seen.moments.first @ w[-1]
-    return Episode(measured, trial, jnp.stack([y, before, after]))
+    return Episode(measured, trial, jnp.stack([trial.query.y, before, after]))
 
 
 @jax.jit(static_argnums=(0, 1, 2, 3))
@@ -691,7 +690,7 @@ def yardsticks(cfg):
     tasks = jax.vmap(TASKS[cfg.tasks].draw)(jax.random.split(jax.random.key(0), 2**14))
     queries = jax.vmap(partial(query_of, cfg))(tasks)
     zero = float(jnp.mean(queries.y2))
-    best = 2**cfg.dac_bits * jnp.mean(queries.y, 0)
+    best = jnp.mean(queries.y, 0)
     gain = float(jnp.mean(best**2))
     return {"predicting 0": zero, "best function that ignores the task": zero - gain}
 

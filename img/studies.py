@@ -68,16 +68,11 @@ def learn(key, meta, cfg, device, chip, trial, times):
     return train.adapt(adapt_key, meta, cfg, device, chip, looks, trial.support, times)
 
 
-def moments_at(key, cfg, device, chip, t):
-    """Moments of one read of a chip."""
-    return train.observe(key, cfg, device, chip, t).moments
-
-
 def learn_and_test(key, meta, cfg, device, chip, trial, times):
     """Readout, pulses [2, H, 1] and squared error after a chip has learned a trial."""
     learn_key, hidden_key, readout_key = jax.random.split(key, 3)
     readouts, pulses = learn(learn_key, meta, cfg, device, chip, trial, times)
-    moments = moments_at(hidden_key, cfg, device, chip, times.query)
+    moments = train.observe(hidden_key, cfg, device, chip, times.query).moments
     w = network.read_readout(readout_key, device, readouts[-1], times.query)
     return readouts[-1], sum(pulses), train.squared_error(moments, trial.query, w)
 
@@ -250,7 +245,7 @@ def regression(key, meta, cfg, device):
     seen, support = looks.moments_at(0), trial.support
     second = jnp.tensordot(support.share, seen.second, 1)
     first = support.y @ seen.first
-    query = moments_at(query_key, cfg, device, chip, times.query)
+    query = train.observe(query_key, cfg, device, chip, times.query).moments
     eye = jnp.eye(len(first))
     error = partial(train.squared_error, query, trial.query)
 
@@ -260,7 +255,8 @@ def regression(key, meta, cfg, device):
         return {"ridge regression": error(w), "ridge, written": error(on_chip)}
 
     range_second = jnp.mean(query.second, 0) + 1e-5 * eye
-    best = jnp.linalg.solve(range_second, trial.query.y @ query.first)
+    range_first = trial.query.y @ query.first / len(query.first)
+    best = jnp.linalg.solve(range_second, range_first)
     found = jax.lax.map(fit, jnp.array(RIDGES))
     return {**found, "best readout of all inputs": error(best)}
 
@@ -317,7 +313,7 @@ def kept(key, cfg, device, chip, readout, reference, trial, t):
 
     def error(compensate, w):
         settings = dataclasses.replace(cfg, compensate=compensate)
-        moments = moments_at(hidden_key, settings, device, chip, t)
+        moments = train.observe(hidden_key, settings, device, chip, t).moments
         return train.squared_error(moments, trial.query, w)
 
     scaled = w * reference / jnp.sum(g)

@@ -351,6 +351,9 @@ def test_a_device_that_overshoots_late_stays(monkeypatch):
     target = 2.0 * ONES
     done = analog.program_by_pulses(KEY, PCM, at(PCM, 6.0), target, 9.0)
     assert np.all(done.resets == 1)  # the first
+    assert np.all(
+        done.reads == done.pulses + 1
+    )  # the read that finishes it is the last
     assert np.mean(done.xbar.g > 2.0 + 2 * 0.4) > 0.01
     assert np.mean(done.xbar.g < 2.0 - 2 * 0.4) < 0.01
 
