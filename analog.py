@@ -351,7 +351,8 @@ def span(device):
 
 def weights(device, g):
     """Weights [rows, cols] of the conductances g [2, rows, cols] in µS."""
-    return (g[0] - g[1]) / span(device)
+    plus, minus = jnp.split(g, 2)
+    return jnp.squeeze(plus - minus, 0) / span(device)
 
 
 def conductances(device, w):

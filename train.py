@@ -33,6 +33,7 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from importlib import metadata
@@ -286,13 +287,19 @@ P = jax.sharding.PartitionSpec
 BATCH = 64  # chips or looks that an accelerator takes at a time
 
 
-def shared_out(u):
-    """The levels u [L], shared out over the devices of JAX's that share a chip, if they can
-    be. XLA shares the simulation out with them."""
+def on_levels(f, w, u):
+    """f(w, u), arrays [L, ...], of the levels u [L], shared out over those of JAX's devices
+    that share a chip, if they can be."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or len(u) % mesh.shape["levels"]:
-        return u
-    return jax.lax.with_sharding_constraint(u, P("levels"))
+        return f(w, u)
+    return jax.shard_map(
+        f,
+        in_specs=(P(), P("levels")),
+        out_specs=P("levels"),
+        axis_names={"levels"},
+        check_vma=False,
+    )(w, u)
 
 
 def in_turn(f, x):
@@ -333,9 +340,9 @@ def sizes_of(cfg):
 
 def dynamics_of(cfg):
     """Constants of the neurons."""
-    alpha = math.exp(-network.DT / cfg.tau_mem)
+    lif = network.Lif(math.exp(-network.DT / cfg.tau_mem))
     kappa = math.exp(-network.DT / cfg.tau_out)
-    return network.Dynamics((alpha,) * len(sizes_of(cfg)), kappa, cfg.gain_out)
+    return network.Dynamics((lif,) * len(sizes_of(cfg)), kappa, cfg.gain_out)
 
 
 class Seen(NamedTuple):
@@ -349,9 +356,14 @@ class Seen(NamedTuple):
 def observe(key, cfg, device, chip, t):
     """Seen of one read of a chip at time t (s)."""
     w = network.read_hidden(key, device, chip, t, cfg.compensate)
-    u = shared_out(network.level_centres(cfg.dac_bits))
-    e, rates = network.simulate(dynamics_of(cfg), w, u)
-    return Seen(moments_of(e), moments_of(e[-1:]), rates)
+
+    def simulate(w, u):
+        activity = network.simulate(dynamics_of(cfg), w, u)
+        last = moments_of(activity.e[-1:])
+        return Seen(moments_of(activity.e), last, network.rates(activity))
+
+    seen = on_levels(simulate, w, network.level_centres(cfg.dac_bits))
+    return seen._replace(rates=jnp.mean(seen.rates, 0))
 
 
 # ---- inner loop: a chip adapts to a task ---------------------------------------------------------
@@ -527,13 +539,23 @@ def meta_loss(key, meta, cfg, device, n_tasks):
 
 
 def clipped(gradient, device):
-    """The gradient (per µS and per ln θ), shortened to MOST_NORM with conductances taken as
-    shares of the device's range. Through several looks it explodes in the first iterations,
-    and Adam would remember that for a thousand more."""
-    per_range = jax.tree.map(lambda g: g * analog.span(device), gradient.g)
-    leaves = jax.tree.leaves((per_range, gradient.log_theta))
-    norm = jnp.sqrt(sum(jnp.sum(x**2) for x in leaves))
+    """The gradient per range of the device and per ln θ, shortened to MOST_NORM. Through
+    several looks it explodes in the first iterations, and Adam would remember that for a
+    thousand more."""
+    g = jax.tree.map(lambda x: x * analog.span(device), gradient.g)
+    gradient = gradient._replace(g=g)
+    norm = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(gradient)))
     return jax.tree.map(lambda x: x * jnp.minimum(1.0, MOST_NORM / norm), gradient)
+
+
+class Optimizer(NamedTuple):
+    """How a gradient becomes a step of the meta-parameters."""
+
+    start: Callable  # of the meta-parameters, to its memory: trees like them by name
+    direction: (
+        Callable  # of (iteration, gradient, memory), to a direction and new memory
+    )
+    schedule: Callable  # of (cfg, iteration), to a factor of the step sizes
 
 
 def adam_start(meta):
@@ -556,12 +578,12 @@ def adam(step, gradient, memory):
     return jax.tree.map(direction, mean, square), {"mean": mean, "square": square}
 
 
-OPTIMIZERS = {"adam": (adam_start, adam)}
-
-
-def schedule(cfg, step):
-    """Factor of the step sizes at a meta-iteration."""
+def drop(cfg, step):
+    """Factor of the step sizes: a tenth from lr_drop on."""
     return jnp.where(step < cfg.lr_drop, 1.0, 0.1)
+
+
+OPTIMIZERS = {"adam": Optimizer(adam_start, adam, drop)}
 
 
 def common_range(devices):
@@ -585,8 +607,7 @@ def start(cfg, devices):
     log_theta = jnp.full(shape, math.log(cfg.grad_thr), float)
     g = network.start(stream(cfg, 0), devices[0], sizes, cfg.n_rows)
     meta = project(devices, Meta(g, log_theta))
-    memory, _ = OPTIMIZERS[cfg.optimizer]
-    return State(meta, memory(meta))
+    return State(meta, OPTIMIZERS[cfg.optimizer].start(meta))
 
 
 def gradient_of(cfg, devices, meta, key):
@@ -604,22 +625,26 @@ def gradient_of(cfg, devices, meta, key):
     return jax.tree.map(lambda *x: jnp.mean(jnp.concatenate(x), 0), *found)
 
 
+def update(cfg, devices, state, gradient, step):
+    """State after one step of the optimizer."""
+    optimizer = OPTIMIZERS[cfg.optimizer]
+    gradient = clipped(gradient, devices[0])
+    direction, memory = optimizer.direction(step, gradient, state.memory)
+    factor = optimizer.schedule(cfg, step)
+    size = factor * cfg.lr_out * analog.span(devices[0])
+    g = jax.tree.map(lambda g, d: g + size * d, state.meta.g, direction.g)
+    log_theta = state.meta.log_theta + factor * LR_THETA * direction.log_theta
+    return State(project(devices, Meta(g, log_theta)), memory)
+
+
 @jax.jit(static_argnums=(0, 1))
 def train_chunk(cfg, devices, state, key, steps):
     """State after the meta-iterations steps [n], and means of what was measured in them."""
-    _, update = OPTIMIZERS[cfg.optimizer]
 
     def iterate(state, step):
-        gradient, measured = gradient_of(
-            cfg, devices, state.meta, jax.random.fold_in(key, step)
-        )
-        gradient = clipped(gradient, devices[0])
-        direction, memory = update(step, gradient, state.memory)
-        size = schedule(cfg, step)
-        size_g = size * cfg.lr_out * analog.span(devices[0])
-        g = jax.tree.map(lambda g, d: g + size_g * d, state.meta.g, direction.g)
-        log_theta = state.meta.log_theta + size * LR_THETA * direction.log_theta
-        return State(project(devices, Meta(g, log_theta)), memory), measured
+        chip_key = jax.random.fold_in(key, step)
+        gradient, measured = gradient_of(cfg, devices, state.meta, chip_key)
+        return update(cfg, devices, state, gradient, step), measured
 
     state, measured = jax.lax.scan(iterate, state, steps)
     return state, jax.tree.map(lambda x: jnp.mean(x, 0), measured)
@@ -654,13 +679,12 @@ def episode(key, meta, cfg, device, make=analog.deploy):
     seen, learned = meet(key, meta, cfg, device, make, times, 1)
     trial, readouts, pulses, w = jax.tree.map(lambda x: x[0], learned)
     error = jax.vmap(squared_error, (None, None, 0))
-    fired = sum(pulses)
     moved = analog.weights(device, readouts[-1].g - readouts[0].g)
     measured = {
         "mse": error(seen.moments, trial.query, jnp.stack(w)),
         "mse_last": error(seen.last, trial.query, jnp.stack(w)),
-        "pulses": jnp.sum(fired),
-        "touched": 100 * jnp.mean(fired > 0),
+        "pulses": jnp.sum(jnp.stack(pulses)),
+        "touched": 100 * jnp.mean(readouts[-1].t_prog > readouts[0].t_prog),
         "dw": jnp.sum(jnp.abs(moved)),
         "rates": seen.rates,
     }
@@ -1058,10 +1082,10 @@ def train(run, folder):
 def meta_test(run):
     """Episodes on each device by its name, and what results.json holds."""
     cfg, meta, key = run.cfg, run.state.meta, stream(run.cfg, 2)
-    episodes = {
-        device.name: test(episode, cfg, device, cfg.batch_test, key, meta)
-        for device in run.devices
-    }
+    episodes = {}
+    for device in run.devices:
+        found = test(episode, cfg, device, cfg.batch_test, key, meta)
+        episodes[device.name] = jax.device_get(found)
     found = {name: jax.tree.map(summary, x.measured) for name, x in episodes.items()}
     return episodes, {
         "step": run.step,

@@ -24,15 +24,12 @@ def present(run):
     make = partial(train.injected, cfg)
     chip = network.assemble(keys[0], device, make, meta.g)
     w = network.read_hidden(keys[1], device, chip, cfg.tread, cfg.compensate)
-    dynamics = train.dynamics_of(cfg)
-    signal = jnp.full((network.N_STEPS, 1), INPUT)
-    spikes, membranes = [], []
-    for alpha, weights in zip(dynamics.alpha, w, strict=True):
-        membranes.append(network.potentials(alpha, signal @ weights[:-1] + weights[-1]))
-        signal = network.spike(membranes[-1] - network.THRESHOLD)
-        spikes.append(signal)
+    u = jnp.array([INPUT])
+    activity = network.simulate(train.dynamics_of(cfg), w, u)
+    spikes = [neurons.z[:, 0] for neurons in activity.layers]
+    membranes = [neurons.v[:, 0] for neurons in activity.layers]
     readout = network.read_readout(keys[2], device, chip.xbars.readout, cfg.tread)
-    return spikes, membranes, network.trace(dynamics, signal) @ readout
+    return spikes, membranes, activity.e[:, 0] @ readout
 
 
 def main():

@@ -19,7 +19,7 @@ def output(dynamics, w, u):
         signal = jnp.reshape(u, 1)
         for k, layer in enumerate(w.hidden):
             drive = signal @ layer[:-1] + layer[-1]
-            v[k] = dynamics.alpha[k] * v[k] + drive - z[k]
+            v[k] = dynamics.layers[k].alpha * v[k] + drive - z[k]
             z[k] = network.spike(v[k] - network.THRESHOLD)
             signal = z[k]
         e = [dynamics.kappa * e[0] + dynamics.gain * signal]
@@ -39,11 +39,11 @@ def squared_error(dynamics, w, u, y):
 # ---- in Python: one neuron after the other -------------------------------------------------------
 
 
-def neuron(alpha, w, signals):
+def neuron(lif, w, signals):
     """Spikes [T] of a neuron with weights w [inputs + 1] under signals [T, inputs]."""
     v, z, spikes = 0.0, 0.0, []
     for signal in signals:
-        v = alpha * v + sum(signal * w[:-1]) + w[-1] - z
+        v = lif.alpha * v + sum(signal * w[:-1]) + w[-1] - z
         z = float(v > network.THRESHOLD)
         spikes.append(z)
     return spikes
@@ -62,8 +62,8 @@ def presentation(dynamics, hidden, x):
     """Spikes of each layer [T, neurons] and traces [T, H] for one input x."""
     signals = np.full((network.N_STEPS, 1), x)
     layers = []
-    for alpha, w in zip(dynamics.alpha, hidden, strict=True):
-        signals = np.array([neuron(alpha, column, signals) for column in w.T]).T
+    for lif, w in zip(dynamics.layers, hidden, strict=True):
+        signals = np.array([neuron(lif, column, signals) for column in w.T]).T
         layers.append(signals)
     return layers, filtered(dynamics, signals)
 

@@ -86,7 +86,7 @@ def traces(cfg):
     g = network.start(KEY, analog.PCM, train.sizes_of(cfg), 1)
     hidden = tuple(1.7 * analog.weights(analog.PCM, g) + 0.05 for g in g.hidden)
     u = network.level_centres(cfg.dac_bits)
-    return hidden, network.simulate(train.dynamics_of(cfg), hidden, u)[0]
+    return hidden, network.simulate(train.dynamics_of(cfg), hidden, u).e
 
 
 def test_delta_rule_equals_autodiff_of_the_time_steps(x64):
@@ -198,13 +198,14 @@ def met():
     """train.Learned of 3 tasks with the same samples on one chip, and the times."""
     cfg, devices = configured(device="ibm", n_inner=3, grad_thr=0.01)
     times = train.times_of(cfg, cfg.tread, cfg.twait)
-    trial = train.draw_trial(KEY, cfg)
+    key = jax.random.key(1)  # its network spikes
+    trial = train.draw_trial(key, cfg)
     make = functools.partial(train.injected, cfg)
     meta = start(cfg, devices).meta
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "draw_trial", lambda key, cfg: trial)
         run = jax.jit(
-            lambda meta: train.meet(KEY, meta, cfg, devices[0], make, times, 3)
+            lambda meta: train.meet(key, meta, cfg, devices[0], make, times, 3)
         )
         return run(meta)[1], times
 
@@ -287,23 +288,25 @@ def test_adam_by_hand():
 
 
 def test_a_steep_gradient_is_shortened():
-    """To the same length in every unit of conductance; a gentle one is left alone."""
+    """To the same length in every unit of conductance; a gentle one keeps its length."""
     steep = train.Meta(network.Network((3.0,), 4.0), 5.0)
     for factor in (1.0, 100.0):
         device = analog.PCM._replace(g_min=0.0, g_max=12.0 * factor)
         g = network.Network((3.0 / factor,), 4.0 / factor)
         found = train.clipped(steep._replace(g=g), device)
-        shares = np.array([found.g.hidden[0], found.g.readout]) * 12 * factor
+        shares = np.array([found.g.hidden[0], found.g.readout])
         norm = np.hypot(np.hypot(*shares), found.log_theta)
         np.testing.assert_allclose(norm, train.MOST_NORM, rtol=1e-6)
         np.testing.assert_allclose(shares / found.log_theta, [7.2, 9.6], rtol=1e-6)
     gentle = jax.tree.map(lambda x: x / 100, steep)
-    assert train.clipped(gentle, analog.PCM) == gentle
+    found = train.clipped(gentle, analog.PCM)
+    np.testing.assert_allclose(found.g.readout, 0.04 * 11.9, rtol=1e-6)
+    np.testing.assert_allclose(found.log_theta, 0.05, rtol=1e-6)
 
 
 def test_steps_drop():
     cfg, _ = configured(n_iter=100)
-    factors = [float(train.schedule(cfg, step)) for step in (0, 59, 60, 99)]
+    factors = [float(train.drop(cfg, step)) for step in (0, 59, 60, 99)]
     assert cfg.lr_drop == 60
     np.testing.assert_allclose(factors, [1, 1, 0.1, 0.1], rtol=1e-6)
 
