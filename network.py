@@ -101,7 +101,8 @@ class Neurons(NamedTuple):
 
 def at_rest(shape):
     """Neurons before the first time step."""
-    return Neurons(jnp.zeros(shape), jnp.zeros(shape))
+    zero = jnp.zeros(shape)
+    return Neurons(v=zero, z=zero)
 
 
 def lif_step(lif, neurons, drive):
@@ -169,7 +170,8 @@ def rates(activity):
 def each(f, key, device, xbars, *rest):
     """[f(key, device, x, *rest)] of every x of the crossbars, each with a key of its own."""
     keys = jax.random.split(key, len(xbars))
-    return [f(key, device, x, *rest) for key, x in zip(keys, xbars, strict=True)]
+    pairs = zip(keys, xbars, strict=True)
+    return [f(key, device, x, *rest) for key, x in pairs]
 
 
 def column_sums(device, g):
@@ -187,7 +189,8 @@ def assemble(key, device, make, g):
     readout = make(readout_key, device, g.readout)
     reads = each(analog.read, read_key, device, hidden, device.t0)
     reference = tuple(column_sums(device, seen) for seen in reads)
-    return Chip(Network(hidden, readout), reference)
+    xbars = Network(hidden, readout)
+    return Chip(xbars, reference)
 
 
 def mean_over_rows(w):

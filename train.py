@@ -736,7 +736,6 @@ class Run(NamedTuple):
     state: State
     step: int = 0
     rows: tuple = ()  # of metrics.csv, dictionaries
-    versions: dict | None = None  # provenance of what was loaded
 
 
 def write(path, data):
@@ -783,7 +782,6 @@ def provenance():
         "backend": jax.default_backend(),
         "devices": jax.device_count(),
         "x64": jax.config.jax_enable_x64,
-        "threefry_partitionable": jax.config.jax_threefry_partitionable,
     }
 
 
@@ -837,7 +835,7 @@ def load(folder):
             leaves = [file[name].reshape(x.shape) for name, x in by_name(like).items()]
             step, rows = int(file["step"]), json.loads(str(file["rows"]))
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return Run(cfg, devices, state, step, tuple(rows), saved.get("versions", {}))
+        return Run(cfg, devices, state, step, tuple(rows))
     except Exception as error:  # a damaged archive fails in many ways
         stop(f"{folder} holds no run, a damaged one, or one of other code: {error}")
 
@@ -997,19 +995,13 @@ def resumed(flags, folder):
     if cfg.n_iter < run.step:
         stop(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
     print(f"resuming {folder} after iteration {run.step}")
-    now = provenance().items()
-    changed = [name for name, x in now if run.versions.get(name) != x]
-    if changed:
-        print(f"changed since {folder} was saved: {', '.join(changed)}")
     return run._replace(cfg=cfg)
 
 
 def name_of(flags):
-    """The name of runs without a preset: their devices, and their tasks if other than the
-    default."""
-    given = Config(**flags)
-    words = [device.name for device in devices_of(given.device)]
-    return "+".join(words if given.tasks == Config.tasks else [*words, given.tasks])
+    """The name of runs without a preset: their devices."""
+    devices = devices_of(Config(**flags).device)
+    return "+".join(device.name for device in devices)
 
 
 def prepare(argv):
@@ -1120,11 +1112,10 @@ def draw(run, episodes, results, folder):
     device = run.devices[0]
     suffix = suffix_of(device)
     edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
-    drawn = {"meta_testing": figures.testing(edges, episodes[device.name], results)}
-    if run.rows:
-        drawn["meta_training"] = figures.training(run.rows, results["yardsticks"])
-    else:  # that of an earlier run must not stand beside this one's
-        Path("img", f"meta_training{suffix}.png").unlink(missing_ok=True)
+    drawn = {
+        "meta_training": figures.training(run.rows, results["yardsticks"]),
+        "meta_testing": figures.testing(edges, episodes[device.name], results),
+    }
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}, {settings_of(run)}"
     for title, figure in drawn.items():
         image = figures.png(figure, note)
@@ -1136,9 +1127,7 @@ def draw(run, episodes, results, folder):
 
 def cores():
     """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return len(os.sched_getaffinity(0))
 
 
 def settings_of(run):
