@@ -482,18 +482,19 @@ def fabricate(key, device, target, error_std=0.0):
 
 def fire(key, device, xbar, counts, n_most, t):
     """Crossbar after counts [2, rows, cols] SET pulses at time t (s), at most n_most of
-    each device; the last of them may be a part of a pulse. The gradient of a count goes
-    through the last pulse that it fires; that of a count of 0 through the first, as if it
-    were fired."""
+    each device, and the pulses fired. The last pulse of a device may be a part of one. The
+    gradient of a count goes through the last pulse that it fires; that of a count of 0
+    through the first, as if it were fired."""
 
     def fire_one(xbar, inputs):
         key, n_fired = inputs
         counted = n_fired < jnp.maximum(counts, 1.0)
         amount = jnp.where(counted, clip(counts - n_fired, 0.0, 1.0), 0.0)
-        return pulse(key, device, xbar, amount, t), None
+        return pulse(key, device, xbar, amount, t), amount
 
     keys = jax.random.split(key, n_most)
-    return jax.lax.scan(fire_one, xbar, (keys, jnp.arange(float(n_most))))[0]
+    xbar, fired = jax.lax.scan(fire_one, xbar, (keys, jnp.arange(float(n_most))))
+    return xbar, jnp.sum(fired, 0)
 
 
 class Programmed(NamedTuple):

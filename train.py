@@ -450,11 +450,11 @@ def adapt(key, meta, cfg, device, chip, looks, support, times):
         gradient = 2 * residual(looks.moments_at(k), support, w)
         theta = jnp.exp(meta.log_theta[k])
         counts = RULES[cfg.rule](rule_key, cfg, gradient, theta)
-        fired = analog.fire(
+        readout, fired = analog.fire(
             pulse_key, device, readouts[k], counts, most_pulses(cfg), times.pulses[k]
         )
-        pulses.append(counts)
-        readouts.append(fired)
+        readouts.append(readout)
+        pulses.append(fired)
     return readouts, pulses
 
 
@@ -551,11 +551,9 @@ def clipped(gradient, device):
 class Optimizer(NamedTuple):
     """How a gradient becomes a step of the meta-parameters."""
 
-    start: Callable  # of the meta-parameters, to its memory: trees like them by name
-    direction: (
-        Callable  # of (iteration, gradient, memory), to a direction and new memory
-    )
-    schedule: Callable  # of (cfg, iteration), to a factor of the step sizes
+    start: Callable  # (meta): its memory, trees like meta by name
+    direction: Callable  # (step, gradient, memory): of a step, and its new memory
+    schedule: Callable  # (cfg, step): factor of the step sizes
 
 
 def adam_start(meta):

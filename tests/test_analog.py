@@ -207,7 +207,7 @@ def test_only_pulsed_devices_change():
     acted = fired & xbar.free
     assert_only(acted, xbar, analog.pulse(KEY, STUCK, xbar, amount, 9.0))
     assert_only(acted, xbar, analog.reset(KEY, STUCK, xbar, fired, 9.0))
-    assert_only(acted, xbar, fire(KEY, STUCK, xbar, amount, 3, 9.0))
+    assert_only(acted, xbar, fire(KEY, STUCK, xbar, amount, 3, 9.0)[0])
 
 
 @pytest.mark.parametrize("device", [PCM, IBM], ids=name_of)
@@ -226,7 +226,8 @@ def test_fire_is_pulse_after_pulse():
     counts = jnp.asarray(
         np.arange(ONES.size).reshape(SHAPE) % 7 / 2, jnp.float32
     )  # 0, 0.5, … 3
-    fired = fire(KEY, STUCK, xbar, counts, 3, 7.0)
+    fired, amount = fire(KEY, STUCK, xbar, counts, 3, 7.0)
+    np.testing.assert_allclose(amount, counts)
     one = xbar
     for i, key in enumerate(jax.random.split(KEY, 3)):
         amount = jnp.clip(counts - i, 0.0, 1.0)
@@ -253,7 +254,7 @@ def test_a_count_passes_the_gradient_of_one_pulse():
     xbar = analog.fabricate(KEY, PERF, jnp.full(counts.shape, 2.0))
 
     def total(counts):
-        return jnp.sum(fire(KEY, PERF, xbar, counts, 3, 7.0).g)
+        return jnp.sum(fire(KEY, PERF, xbar, counts, 3, 7.0)[0].g)
 
     np.testing.assert_allclose(jax.grad(total)(counts), 0.75, rtol=1e-5)
 
