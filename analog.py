@@ -266,7 +266,7 @@ def describe(device):
     return {**device._asdict(), "law": family, **device.law._asdict()}
 
 
-def make(constants):
+def from_constants(constants):
     """Device of a flat dictionary of constants; ValueError names what is wrong."""
     given = {"name": "", "law": "nandakumar", **Device._field_defaults, **constants}
     given.pop("comment", None)
@@ -315,7 +315,7 @@ def load_device(name):
         return DEVICES[name]
     try:
         text = Path(name).read_text(encoding="utf-8")
-        device = make(json.loads(text))
+        device = from_constants(json.loads(text))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
         raise ValueError(f"{name} is {what} ({error})") from None

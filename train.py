@@ -826,7 +826,7 @@ def load(folder):
         described = saved["device"]
         if isinstance(described, dict):
             described = [described]
-        devices = tuple(map(analog.make, described))
+        devices = tuple(map(analog.from_constants, described))
         cfg = Config(**{name: saved["config"][name] for name in vars(Config())})
         like = jax.eval_shape(lambda: start(cfg, devices))
         with np.load(folder / "checkpoint.npz") as file:

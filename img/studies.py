@@ -387,7 +387,7 @@ def others_of(device):
     """The device with other constants, as far as it has them, by label."""
     known = analog.describe(device)
     return {
-        label: analog.make(known | constants)
+        label: analog.from_constants(known | constants)
         for label, constants in OTHER_DEVICES.items()
         if constants.keys() <= known.keys()
     }

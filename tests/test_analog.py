@@ -516,7 +516,7 @@ FLAT = analog.describe(PCM) | {"name": "mine"}
 @pytest.mark.parametrize("device", [*DEVICES.values(), RERAM], ids=name_of)
 def test_describe_and_make_are_inverse(device, tmp_path):
     constants = json.loads(json.dumps(analog.describe(device)))
-    assert analog.make(constants) == device
+    assert analog.from_constants(constants) == device
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(constants | {"name": "mine", "comment": "of my own"}))
     assert analog.load_device(str(path)) == device._replace(name="mine")
@@ -536,7 +536,7 @@ def without(*keys):
 
 
 def test_constants_with_defaults():
-    assert analog.make(without(*OPTIONAL)) == PCM._replace(name="mine")
+    assert analog.from_constants(without(*OPTIONAL)) == PCM._replace(name="mine")
 
 
 WRONG = (
@@ -571,13 +571,13 @@ WRONG = (
 @pytest.mark.parametrize("key, value", WRONG)
 def test_a_wrong_constant_is_named(key, value):
     with pytest.raises(ValueError, match=rf"\b{key}\b"):
-        analog.make(FLAT | {key: value})
+        analog.from_constants(FLAT | {key: value})
 
 
 def test_a_missing_constant_is_named():
     for key in without(*OPTIONAL):
         with pytest.raises(ValueError, match=rf"\b{key}\b"):
-            analog.make(without(key))
+            analog.from_constants(without(key))
 
 
 @pytest.mark.parametrize(

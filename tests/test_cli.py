@@ -89,7 +89,7 @@ def test_a_run_keeps_all_settings(whole):
         field.name for field in dataclasses.fields(train.Config)
     }
     assert saved["config"]["n_h0"] == 5
-    assert analog.make(saved["device"]) == analog.load_device(RERAM)
+    assert analog.from_constants(saved["device"]) == analog.load_device(RERAM)
     assert (
         saved["versions"]["jax"] == jax.__version__
         and saved["versions"]["x64"] is False
