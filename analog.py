@@ -341,7 +341,7 @@ def span(device):
 
 def weights(device, g):
     """Weights [rows, cols] of the conductances g [2, rows, cols] in µS."""
-    plus, minus = jnp.split(g, 2)
+    plus, minus = jnp.split(g, 2)  # on a CPU the derivative of g[0] − g[1] is slow
     return jnp.squeeze(plus - minus, 0) / span(device)
 
 

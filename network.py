@@ -55,7 +55,7 @@ class Chip(NamedTuple):
 
 
 class Activity(NamedTuple):
-    """State of the network under the inputs, [L, ...]."""
+    """State of the network under L inputs; over time, every field is [T, L, ...]."""
 
     layers: tuple  # of Neurons
     e: jax.Array  # [L, H], traces of the last layer
@@ -147,8 +147,7 @@ def step(dynamics, hidden, u, activity):
 
 def simulate(dynamics, hidden, u):
     """Activity over time [T, ...], from rest, of the network with hidden weights under the
-    inputs u [L]. On an accelerator ten time steps are unrolled, which makes it six times as
-    fast."""
+    inputs u [L]. On an accelerator ten time steps are unrolled, as each is short there."""
 
     def both(activity, _):
         activity = step(dynamics, hidden, u, activity)
@@ -162,13 +161,15 @@ def simulate(dynamics, hidden, u):
 
 
 def rates(activity):
-    """Mean firing rate (Hz) of each layer for each input, [L, layers]."""
+    """Mean firing rate (Hz) of each layer for each input, [L, layers], of an activity over
+    time."""
     shares = [jnp.mean(neurons.z, (0, 2)) for neurons in activity.layers]
     return jnp.stack(shares, 1) / DT
 
 
 def each(f, key, device, xbars, *rest):
-    """[f(key, device, x, *rest)] of every x of the crossbars, each with a key of its own."""
+    """[f(key, device, x, *rest)] of every x of xbars, crossbars or what is to become one,
+    each with a key of its own."""
     keys = jax.random.split(key, len(xbars))
     pairs = zip(keys, xbars, strict=True)
     return [f(key, device, x, *rest) for key, x in pairs]

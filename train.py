@@ -288,8 +288,8 @@ BATCH = 64  # chips or looks that an accelerator takes at a time
 
 
 def on_levels(f, w, u):
-    """f(w, u), arrays [L, ...], of the levels u [L], shared out over those of JAX's devices
-    that share a chip, if they can be."""
+    """f(w, u) of the levels u [L], whose results all have an axis of levels first. The
+    levels are shared out over those of JAX's devices that share a chip, if they can be."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or len(u) % mesh.shape["levels"]:
         return f(w, u)
@@ -539,9 +539,9 @@ def meta_loss(key, meta, cfg, device, n_tasks):
 
 
 def clipped(gradient, device):
-    """The gradient per range of the device and per ln θ, shortened to MOST_NORM. Through
-    several looks it explodes in the first iterations, and Adam would remember that for a
-    thousand more."""
+    """The gradient, given per µS and per ln θ, as one per range of the device and per ln θ,
+    shortened to MOST_NORM. Through several looks it explodes in the first iterations, and
+    Adam would remember that for a thousand more."""
     g = jax.tree.map(lambda x: x * analog.span(device), gradient.g)
     gradient = gradient._replace(g=g)
     norm = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(gradient)))
@@ -549,10 +549,11 @@ def clipped(gradient, device):
 
 
 class Optimizer(NamedTuple):
-    """How a gradient becomes a step of the meta-parameters."""
+    """How a gradient becomes a step of the meta-parameters: functions and what they
+    return. A direction of 1 is a step of lr_out of the range, or of LR_THETA of ln θ."""
 
-    start: Callable  # (meta): its memory, trees like meta by name
-    direction: Callable  # (step, gradient, memory): of a step, and its new memory
+    start: Callable  # (meta): memory, a dictionary of trees like meta
+    direction: Callable  # (step, gradient, memory): direction like meta, new memory
     schedule: Callable  # (cfg, step): factor of the step sizes
 
 
@@ -640,8 +641,8 @@ def train_chunk(cfg, devices, state, key, steps):
     """State after the meta-iterations steps [n], and means of what was measured in them."""
 
     def iterate(state, step):
-        chip_key = jax.random.fold_in(key, step)
-        gradient, measured = gradient_of(cfg, devices, state.meta, chip_key)
+        step_key = jax.random.fold_in(key, step)
+        gradient, measured = gradient_of(cfg, devices, state.meta, step_key)
         return update(cfg, devices, state, gradient, step), measured
 
     state, measured = jax.lax.scan(iterate, state, steps)
@@ -734,6 +735,7 @@ class Run(NamedTuple):
     state: State
     step: int = 0
     rows: tuple = ()  # of metrics.csv, dictionaries
+    versions: dict | None = None  # provenance of what was loaded
 
 
 def write(path, data):
@@ -833,7 +835,7 @@ def load(folder):
             leaves = [file[name].reshape(x.shape) for name, x in by_name(like).items()]
             step, rows = int(file["step"]), json.loads(str(file["rows"]))
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return Run(cfg, devices, state, step, tuple(rows))
+        return Run(cfg, devices, state, step, tuple(rows), saved["versions"])
     except Exception as error:  # a damaged archive fails in many ways
         stop(f"{folder} holds no run, a damaged one, or one of other code: {error}")
 
@@ -993,6 +995,10 @@ def resumed(flags, folder):
     if cfg.n_iter < run.step:
         stop(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
     print(f"resuming {folder} after iteration {run.step}")
+    now = provenance().items()
+    changed = [name for name, x in now if run.versions.get(name) != x]
+    if changed:
+        print(f"changed since {folder} was saved: {', '.join(changed)}")
     return run._replace(cfg=cfg)
 
 
@@ -1110,10 +1116,11 @@ def draw(run, episodes, results, folder):
     device = run.devices[0]
     suffix = suffix_of(device)
     edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
-    drawn = {
-        "meta_training": figures.training(run.rows, results["yardsticks"]),
-        "meta_testing": figures.testing(edges, episodes[device.name], results),
-    }
+    drawn = {"meta_testing": figures.testing(edges, episodes[device.name], results)}
+    if run.rows:
+        drawn["meta_training"] = figures.training(run.rows, results["yardsticks"])
+    else:  # that of an earlier run must not stand beside this one's
+        Path("img", f"meta_training{suffix}.png").unlink(missing_ok=True)
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}, {settings_of(run)}"
     for title, figure in drawn.items():
         image = figures.png(figure, note)

@@ -514,7 +514,7 @@ FLAT = analog.describe(PCM) | {"name": "mine"}
 
 
 @pytest.mark.parametrize("device", [*DEVICES.values(), RERAM], ids=name_of)
-def test_describe_and_make_are_inverse(device, tmp_path):
+def test_describe_and_from_constants_are_inverse(device, tmp_path):
     constants = json.loads(json.dumps(analog.describe(device)))
     assert analog.from_constants(constants) == device
     path = tmp_path / "mine.json"
