@@ -384,7 +384,7 @@ if jax.process_index() == 0:
 
 def on_chips_of_a_network(n_chips):
     """What a chip shows and the gradient of its loss, on as many devices as there are."""
-    cfg, devices = configured(device="ibm", n_chips=2)
+    cfg, devices = configured(device="ibm", n_chips=2, lambda_fr=0.01)
 
     def one(key, meta):
         make = functools.partial(train.injected, cfg)
