@@ -308,6 +308,16 @@ def check_range(device):
         raise ValueError("key g_prog is where SET no longer raises G; lower it")
 
 
+def unique(pairs):
+    """The dictionary of a JSON object's pairs; ValueError names a key that stands twice."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key} stands twice")
+        found[key] = value
+    return found
+
+
 def load_device(name):
     """Device of a built-in name, or of a JSON file {"name": ..., "g_min": ..., ...} at that
     path; ValueError says what is wrong with it."""
@@ -315,7 +325,7 @@ def load_device(name):
         return DEVICES[name]
     try:
         text = Path(name).read_text(encoding="utf-8")
-        device = from_constants(json.loads(text))
+        device = from_constants(json.loads(text, object_pairs_hook=unique))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
         raise ValueError(f"{name} is {what} ({error})") from None

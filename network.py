@@ -167,11 +167,10 @@ def rates(activity):
     return jnp.stack(shares, 1) / DT
 
 
-def each(f, key, device, xbars, *rest):
-    """[f(key, device, x, *rest)] of every x of xbars, crossbars or what is to become one,
-    each with a key of its own."""
-    keys = jax.random.split(key, len(xbars))
-    pairs = zip(keys, xbars, strict=True)
+def each(f, key, device, xs, *rest):
+    """[f(key, device, x, *rest)] of every x of xs, each with a key of its own."""
+    keys = jax.random.split(key, len(xs))
+    pairs = zip(keys, xs, strict=True)
     return [f(key, device, x, *rest) for key, x in pairs]
 
 

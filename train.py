@@ -359,11 +359,12 @@ def observe(key, cfg, device, chip, t):
 
     def simulate(w, u):
         activity = network.simulate(dynamics_of(cfg), w, u)
-        last = moments_of(activity.e[-1:])
-        return Seen(moments_of(activity.e), last, network.rates(activity))
+        e = activity.e
+        return moments_of(e), moments_of(e[-1:]), network.rates(activity)
 
-    seen = on_levels(simulate, w, network.level_centres(cfg.dac_bits))
-    return seen._replace(rates=jnp.mean(seen.rates, 0))
+    u = network.level_centres(cfg.dac_bits)
+    moments, last, rates = on_levels(simulate, w, u)
+    return Seen(moments, last, jnp.mean(rates, 0))
 
 
 # ---- inner loop: a chip adapts to a task ---------------------------------------------------------
