@@ -84,7 +84,7 @@ class Ibm(NamedTuple):
     read_scale: float  # std of read noise at r = 1, share of G(t)
     read_power: float  # how fast that share grows towards small r
     read_cap: float  # its upper limit
-    t_read: float  # s, duration of a read
+    t_read: float  # s, duration of a read; when a chip is read is another matter
     redraws_nu = True
 
     def nu_law(self, r):
@@ -468,6 +468,10 @@ def place(key, device, xbar, target, error_std, t):
 
 # ---- composites ----------------------------------------------------------------------------------
 
+# fabricate makes a new crossbar as meta-training does, with a normal error of programming. program
+# writes an existing one, by pulses where the device's family has no error of its own. deploy does
+# both: a new crossbar as one would program it.
+
 # Share of the range by which a verified device may miss: 0.4 µS on PCM.
 TOLERANCE = 0.4 / 11.9
 MAX_STEPS = 120  # of program-and-verify; only slow devices take more than a few dozen
@@ -493,8 +497,8 @@ def fabricate(key, device, target, error_std=0.0):
 def fire(key, device, xbar, counts, n_most, t):
     """Crossbar after counts [2, rows, cols] SET pulses at time t (s), at most n_most of
     each device, and the pulses fired. The last pulse of a device may be a part of one. The
-    gradient of a count goes through the last pulse that it fires; that of a count of 0
-    through the first, as if it were fired."""
+    derivative by a count is what the last pulse has added; that by a count of 0 is what a
+    first pulse would add, so that training learns of it too."""
 
     def fire_one(xbar, inputs):
         key, n_fired = inputs

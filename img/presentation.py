@@ -1,6 +1,5 @@
-"""Draw a network at work on one input: python network.py [RUN], by default of img/trained."""
+"""Draw a network at work on one input: python network.py [RUN]"""
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +33,12 @@ def present(run):
 
 def main():
     """Draw the network of the run folder on the command line."""
-    run = train.load(sys.argv[1] if len(sys.argv) > 1 else FOLDER / "trained")
+    parser = train.Parser(description=__doc__)
+    trained = FOLDER / "trained"
+    parser.add_argument(
+        "run", nargs="?", default=trained, help="run folder (default: img/trained)"
+    )
+    run = train.load(parser.parse_args().run)
     spikes, membranes, output = jax.device_get(present(run))
     share = np.mean(spikes[-1], 0)
     shown = np.argmin(np.abs(share - 0.25))  # neither silent nor always firing

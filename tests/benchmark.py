@@ -140,7 +140,6 @@ def compare_whole(folder, rounds, flags):
 
 
 MANY = {
-    "the default": "{}",
     "1 chip x 256 tasks": '{"batch_train": 256}',
     "16 chips x 4,096 tasks": '{"n_chips": 16, "batch_train": 4096}',
 }

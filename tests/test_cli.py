@@ -556,14 +556,3 @@ def test_the_shipped_network_learns_as_the_readme_shows():
     before, after = np.mean(errors, 0)
     assert len(errors) == 64 and str(train.summary(errors)) in out.getvalue()
     assert 2.2 < before < 4.2 and 0.5 < after < 1.2
-
-
-def test_importing_leaves_everything_as_it_was(tmp_path):
-    code = (
-        "import os, signal, sys; before = signal.getsignal(2), dict(os.environ); "
-        "import analog, network, train; "
-        "assert before == (signal.getsignal(2), dict(os.environ)); "
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    process = launch(tmp_path, "-c", code)
-    assert process.communicate(timeout=100)[1] == "" and process.returncode == 0
