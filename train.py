@@ -34,6 +34,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from importlib import metadata
@@ -1084,6 +1085,13 @@ def train(run, folder):
     return run
 
 
+def compile_tests(run):
+    """Compile the meta-test of each device, so that it is ready when it is called."""
+    for device in run.devices:
+        key, n = stream(run.cfg, 2), run.cfg.batch_test
+        test.lower(episode, run.cfg, device, n, key, run.state.meta).compile()
+
+
 def meta_test(run):
     """Episodes on each device by its name, and what results.json holds."""
     cfg, meta, key = run.cfg, run.state.meta, stream(run.cfg, 2)
@@ -1166,9 +1174,12 @@ def execute(run, folder):
     announce(run, folder)
     save(run, folder)
     began = time.monotonic()
+    # while training compiles and runs, as one core has time to spare
+    compiled = ThreadPoolExecutor().submit(compile_tests, run)
     run = train(run, folder)
     trained = time.monotonic()
     print(f"training took {trained - began:.0f} s; testing {run.cfg.batch_test} chips")
+    compiled.result()
     episodes, results = meta_test(run)
     print(f"testing took {time.monotonic() - trained:.0f} s")
     write_json(folder / "results.json", results)
