@@ -92,12 +92,13 @@ def milliseconds(scripts, code, cores, argument, n):
 
 
 def show(what, old, new, unit):
-    """Print medians and the median of the ratios."""
-    ratio = statistics.median(a / b for a, b in zip(old, new, strict=True))
-    medians = statistics.median(old), statistics.median(new)
+    """Print medians, the median of the ratios and each of them."""
+    ratios = [b / a for a, b in zip(old, new, strict=True)]
+    each = " ".join(f"{ratio:.2f}" for ratio in ratios)
     print(
-        f"{what:<32}old {medians[0]:9.2f} {unit}   new {medians[1]:9.2f} {unit}   "
-        f"old/new {ratio:.2f}",
+        f"{what:<32}old {statistics.median(old):9.2f} {unit}   "
+        f"new {statistics.median(new):9.2f} {unit}   "
+        f"new/old {statistics.median(ratios):.2f}, each {each}",
         flush=True,
     )
 
