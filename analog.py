@@ -1,6 +1,7 @@
 """A crossbar of phase-change memory (PCM): pulses, drift, read noise and programming.
 
-Everything but program-and-verify passes a gradient. Conductances G are in µS and times in s.
+Pulses, drift and reads pass a gradient; ν, P and the error of programming count as constants
+there, and program-and-verify passes none. Conductances G are in µS and times in s.
 N(mean, std²) is a normal draw, r = G/g_max, and age the time since the last pulse, at least 1 s.
 
     SET pulse    P ← P·exp(−1/history_decay)
@@ -20,7 +21,7 @@ per read (1/f noise).
                         clip(nu_std_slope·ln r + nu_std_offset, nu_std_low, nu_std_high)²)|,
                  drawn from the target when a device is programmed, from G when it is pulsed
                  G(t) = G·((age + t0)/t0)^−ν
-                 σ = G(t)·min(read_scale·r^−read_power, read_cap)·√ln((age + t0 + t_read)/2 t_read)
+                 σ = G(t)·min(read_scale·r^−read_power, read_cap)·√ln((age+t0+t_read)/(2·t_read))
                  G after programming = N(target, (g_max·(prog_0 + prog_1·r + prog_2·r²))²)
     ideal        ν = 0, σ = 0, G after programming = target
 
@@ -41,7 +42,9 @@ import numpy as np
 # ---- families of devices -------------------------------------------------------------------------
 
 MIN_AGE = 1.0  # s: a read at the instant of a pulse is taken as a read 1 s after it
-MIN_SHARE = 1e-7  # of g_max: below it ln r is taken as that of this share
+MIN_SHARE = (
+    1e-7  # of g_max: a smaller r counts as this one, where a law has ln r or a power
+)
 
 
 class Nandakumar(NamedTuple):
@@ -84,7 +87,7 @@ class Ibm(NamedTuple):
     read_scale: float  # std of read noise at r = 1, share of G(t)
     read_power: float  # how fast that share grows towards small r
     read_cap: float  # its upper limit
-    t_read: float  # s, duration of a read; when a chip is read is another matter
+    t_read: float  # s, duration of a read; not the time at which a chip is read
     redraws_nu = True
 
     def nu_law(self, r):
@@ -150,7 +153,7 @@ class Device(NamedTuple):
     set_std_slope: float  # std of ΔG, per µS of G
     set_std_offset: float  # µS, std of ΔG at G = 0
     set_std_history: float  # µS, std of ΔG added at P = 1
-    history_decay: float  # pulses over which P falls by e
+    history_decay: float  # pulses over which P falls by a factor of e
     reset_mean: float  # µS
     reset_std: float  # µS
     t0: float  # s, time constant of drift; nandakumar: the age at which G is specified

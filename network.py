@@ -1,6 +1,6 @@
 """A network of leaky integrate-and-fire (LIF) neurons whose weights are read from crossbars.
 
-    u0 = input converter(x), held for the run             x in [−5, 5], 2^dac_bits levels
+    u0 = input converter(x), held for all T steps         x in [−5, 5], 2^dac_bits levels
     v0 ← α v0 + [u0, 2]·W0 − z0,  z0 = H(v0 − 1)          layer 0: membranes and spikes
     v1 ← α v1 + [z0, 1]·W1 − z1,  z1 = H(v1 − 1)          layer 1
     e  ← κ e + gain·z1                                    trace of the spikes
@@ -79,11 +79,12 @@ def spike(u):
     return (u > 0).astype(u.dtype)
 
 
-@spike.defjvp
-def surrogate(primals, tangents):
-    """spike(u) and its derivative times du."""
-    (u,), (du,) = primals, tangents
-    return spike(u), du / (1 + jnp.abs(u)) ** 2
+def surrogate(du, _, u):
+    """The derivative of spike at u, times du."""
+    return du / (1 + jnp.abs(u)) ** 2
+
+
+spike.defjvps(surrogate)
 
 
 class Lif(NamedTuple):
@@ -203,8 +204,8 @@ def mean_over_rows(w):
 
 
 def read_hidden(key, device, chip, t, compensate):
-    """Weights [inputs + 1, neurons] of the hidden layers from one read at time t (s), scaled
-    back by their references if compensate."""
+    """Weights of each hidden layer, a tuple of [inputs + 1, neurons], from one read at time t
+    (s), scaled back by their references if compensate."""
 
     def weights(g, reference):
         w = analog.weights(device, g)

@@ -33,7 +33,6 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
@@ -378,7 +377,8 @@ def observe(key, cfg, device, chip, t):
 class Times(NamedTuple):
     """When things happen, in s since deployment."""
 
-    # [n_inner], of the hidden crossbars; [1] where one read serves all looks
+    # [n_inner], of the hidden crossbars; [1] where one read serves all looks. The first is
+    # also that of the readout in the first look.
     reads: jax.Array
     pulses: jax.Array  # [n_inner], of the looks
     query: jax.Array
@@ -474,8 +474,8 @@ class Learned(NamedTuple):
 
 
 def meet(key, meta, cfg, device, make, times, n_tasks):
-    """Seen, at the time of the query, of a new chip whose crossbars are made by make(key,
-    device, conductances); and Learned of n_tasks new tasks, stacked along axis 0."""
+    """A new chip, whose crossbars are made by make(key, device, conductances), meets
+    n_tasks new tasks: Seen at the time of the query, and Learned, the tasks along axis 0."""
     chip_key, look_key, query_key, tasks_key = jax.random.split(key, 4)
     chip = network.assemble(chip_key, device, make, meta.g)
     looks = look_at(look_key, cfg, device, chip, times)
@@ -509,7 +509,7 @@ class State(NamedTuple):
     """What meta-training carries from one iteration to the next."""
 
     meta: Meta
-    memory: dict  # of the optimizer, trees like meta by name
+    memory: NamedTuple  # of the optimizer, one of OPTIMIZERS
 
 
 def injected(cfg, key, device, g):
@@ -554,41 +554,40 @@ def clipped(gradient, device):
     return jax.tree.map(lambda x: x * jnp.minimum(1.0, MOST_NORM / norm), gradient)
 
 
-class Optimizer(NamedTuple):
-    """How a gradient becomes a step of the meta-parameters: functions and what they
-    return. A direction of 1 is a step of lr_out of the range, or of LR_THETA of ln θ."""
+class Adam(NamedTuple):
+    """The optimizer of Kingma and Ba, ICLR 2015: its memory, trees like the
+    meta-parameters."""
 
-    start: Callable  # (meta): memory, a dictionary of trees like meta
-    direction: Callable  # (step, gradient, memory): direction like meta, new memory
-    schedule: Callable  # (cfg, step): factor of the step sizes
+    mean: Meta  # of the gradients
+    square: Meta  # mean of their squares
+
+    @staticmethod
+    def start(meta):
+        """The memory before the first step."""
+        zero = jax.tree.map(jnp.zeros_like, meta)
+        return Adam(zero, zero)
+
+    def move(self, step, gradient):
+        """Direction like meta, and the memory after this step. A direction of 1 is a step
+        of lr_out of the range, or of LR_THETA of ln θ."""
+        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, self.mean, gradient)
+        square = jax.tree.map(
+            lambda v, g: 0.999 * v + 0.001 * g**2, self.square, gradient
+        )
+        n = jnp.float32(step) + 1
+
+        def direction(m, v):
+            return -m / (1 - 0.9**n) / (jnp.sqrt(v / (1 - 0.999**n)) + 1e-8)
+
+        return jax.tree.map(direction, mean, square), Adam(mean, square)
+
+    @staticmethod
+    def schedule(cfg, step):
+        """Factor of the step sizes: a tenth from lr_drop on."""
+        return jnp.where(step < cfg.lr_drop, 1.0, 0.1)
 
 
-def adam_start(meta):
-    """Adam's memory at the start."""
-    zero = jax.tree.map(jnp.zeros_like, meta)
-    return {"mean": zero, "square": zero}
-
-
-def adam(step, gradient, memory):
-    """Direction of a step of Adam (Kingma, Ba, ICLR 2015), and its new memory."""
-    mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, memory["mean"], gradient)
-    square = jax.tree.map(
-        lambda v, g: 0.999 * v + 0.001 * g**2, memory["square"], gradient
-    )
-    n = jnp.float32(step) + 1
-
-    def direction(m, v):
-        return -m / (1 - 0.9**n) / (jnp.sqrt(v / (1 - 0.999**n)) + 1e-8)
-
-    return jax.tree.map(direction, mean, square), {"mean": mean, "square": square}
-
-
-def drop(cfg, step):
-    """Factor of the step sizes: a tenth from lr_drop on."""
-    return jnp.where(step < cfg.lr_drop, 1.0, 0.1)
-
-
-OPTIMIZERS = {"adam": Optimizer(adam_start, adam, drop)}
+OPTIMIZERS = {"adam": Adam}
 
 
 def common_range(devices):
@@ -632,10 +631,9 @@ def gradient_of(cfg, devices, meta, key):
 
 def update(cfg, devices, state, gradient, step):
     """State after one step of the optimizer."""
-    optimizer = OPTIMIZERS[cfg.optimizer]
     gradient = clipped(gradient, devices[0])
-    direction, memory = optimizer.direction(step, gradient, state.memory)
-    factor = optimizer.schedule(cfg, step)
+    direction, memory = state.memory.move(step, gradient)
+    factor = memory.schedule(cfg, step)
     size = factor * cfg.lr_out * analog.span(devices[0])
     g = jax.tree.map(lambda g, d: g + size * d, state.meta.g, direction.g)
     log_theta = state.meta.log_theta + factor * LR_THETA * direction.log_theta
@@ -745,7 +743,7 @@ class Run(NamedTuple):
     state: State
     step: int = 0
     rows: tuple = ()  # of metrics.csv, dictionaries
-    versions: dict | None = None  # provenance of what was loaded
+    versions: dict | None = None  # provenance() when what was loaded was saved
 
 
 def write(path, data):
@@ -1012,16 +1010,11 @@ def resumed(flags, folder):
     return run._replace(cfg=cfg)
 
 
-def name_of(flags):
-    """The name of runs without a preset: their devices."""
-    devices = devices_of(Config(**flags).device)
-    return "+".join(device.name for device in devices)
-
-
 def prepare(argv):
     """The Run to go on from, and its folder."""
     flags, preset, run_dir, resume = parse(argv)
-    name = preset or name_of(flags)
+    devices = devices_of(Config(**flags).device)
+    name = preset or "+".join(device.name for device in devices)
     if resume:
         folder = Path(run_dir or latest(name))
         return resumed(flags, folder), folder
@@ -1039,24 +1032,24 @@ def stream(cfg, index):
     return jax.random.fold_in(jax.random.key(cfg.seed), index)
 
 
-def assert_sound(run, row, folder):
+def assert_sound(run, measured, folder):
     """Stop a run that has diverged; the last checkpoint stands."""
     problem = ""
-    for i in range(len(sizes_of(run.cfg))):
-        share = row[f"rate{i}_hz"] * network.DT  # of the time steps that have a spike
-        if not 0 < share < 0.95:
+    for i, rate in enumerate(measured["rates"]):
+        if not 0 < rate * network.DT < 0.95:  # share of the time steps with a spike
             problem = f"layer {i} is silent or always fires; try --lambda_fr 0.01"
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves((row["loss"], run.state))):
+    numbers = jax.tree.leaves((measured, run.state))
+    if not all(np.isfinite(x).all() for x in numbers):
         problem = "the loss is not finite; try a smaller --lr_out"
     if problem:
         stop(f"iteration {run.step}: {problem}; the checkpoint in {folder} is good", 1)
 
 
-def row_of(run, measured):
+def row_of(step, meta, measured):
     """The row of metrics.csv for a chunk whose means are measured, its values by column."""
-    thresholds = np.exp(np.median(run.state.meta.log_theta, 1))
+    thresholds = np.exp(np.median(meta.log_theta, 1))
     return {
-        "step": run.step,
+        "step": step,
         "loss": float(measured["loss"]),
         "pulses": float(measured["pulses"]),
         **{f"rate{i}_hz": float(x) for i, x in enumerate(measured["rates"])},
@@ -1075,10 +1068,9 @@ def train(run, folder):
             state, measured = jax.device_get(
                 train_chunk(cfg, run.devices, run.state, stream(cfg, 1), steps)
             )
-            run = run._replace(state=state, step=last)
-            row = row_of(run, measured)
-            assert_sound(run, row, folder)
-            run = run._replace(rows=(*run.rows, row))
+            row = row_of(last, state.meta, measured)
+            run = run._replace(state=state, step=last, rows=(*run.rows, row))
+            assert_sound(run, measured, folder)
             save(run, folder)
             bar.set_postfix(loss=row["loss"], refresh=False)
             bar.update(len(steps))
@@ -1086,24 +1078,25 @@ def train(run, folder):
 
 
 def compile_tests(run):
-    """Compile the meta-test of each device, so that it is ready when it is called."""
-    for device in run.devices:
-        key, n = stream(run.cfg, 2), run.cfg.batch_test
-        test.lower(episode, run.cfg, device, n, key, run.state.meta).compile()
-
-
-def meta_test(run):
-    """Episodes on each device by its name, and what results.json holds."""
+    """The meta-tests of the devices by name, compiled functions of (key, meta)."""
     cfg, meta, key = run.cfg, run.state.meta, stream(run.cfg, 2)
-    episodes = {}
+    tests = {}
     for device in run.devices:
-        found = test(episode, cfg, device, cfg.batch_test, key, meta)
-        episodes[device.name] = jax.device_get(found)
+        lowered = test.lower(episode, cfg, device, cfg.batch_test, key, meta)
+        tests[device.name] = lowered.compile()
+    return tests
+
+
+def meta_test(run, tests):
+    """Episodes on each device by its name, and what results.json holds; tests are those
+    of compile_tests."""
+    meta, key = run.state.meta, stream(run.cfg, 2)
+    episodes = {name: jax.device_get(test(key, meta)) for name, test in tests.items()}
     found = {name: jax.tree.map(summary, x.measured) for name, x in episodes.items()}
     return episodes, {
         "step": run.step,
         "theta": np.exp(meta.log_theta).tolist(),
-        "yardsticks": yardsticks(cfg),
+        "yardsticks": yardsticks(run.cfg),
         "devices": found,
         **found[run.devices[0].name],
     }
@@ -1179,8 +1172,7 @@ def execute(run, folder):
     run = train(run, folder)
     trained = time.monotonic()
     print(f"training took {trained - began:.0f} s; testing {run.cfg.batch_test} chips")
-    compiled.result()
-    episodes, results = meta_test(run)
+    episodes, results = meta_test(run, compiled.result())
     print(f"testing took {time.monotonic() - trained:.0f} s")
     write_json(folder / "results.json", results)
     for name, found in episodes.items():

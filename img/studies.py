@@ -415,10 +415,10 @@ def walk(w, gradient):
 
     def one(state, step):
         w, memory = state
-        move, memory = train.adam(step, gradient(w), memory)
+        move, memory = memory.move(step, gradient(w))
         return (w + 1e-3 * move, memory), 1e-3 * jnp.abs(move)
 
-    return jax.lax.scan(one, (w, train.adam_start(w)), jnp.arange(100.0))[1]
+    return jax.lax.scan(one, (w, train.Adam.start(w)), jnp.arange(100.0))[1]
 
 
 def moves(key, meta, cfg, device):

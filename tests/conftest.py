@@ -2,6 +2,7 @@
 above."""
 
 import contextlib
+import functools
 import io
 import os
 import subprocess
@@ -115,6 +116,12 @@ def quick_test(experiment, cfg, device, n, key, meta):
     return train.Episode(measured, jax.device_get(trial), curves)
 
 
+def quick_tests(run):
+    """Stands for train.compile_tests."""
+    first, n = (train.episode, run.cfg), run.cfg.batch_test
+    return {x.name: functools.partial(quick_test, *first, x, n) for x in run.devices}
+
+
 def quick_draw(run, episodes, results, folder):
     """Stands for train.draw: no figure."""
     return []
@@ -123,8 +130,7 @@ def quick_draw(run, episodes, results, folder):
 QUICK = {
     "CHUNK": 2,
     "train_chunk": quick_chunk,
-    "compile_tests": lambda run: None,
-    "test": quick_test,
+    "compile_tests": quick_tests,
     "draw": quick_draw,
 }
 

@@ -277,13 +277,13 @@ def test_ages_of_meta_training_are_log_uniform(monkeypatch):
 
 def test_adam_by_hand():
     gradients = [1.0, -0.5, 0.25]
-    memory = train.adam_start({"x": jnp.zeros(())})
+    memory = train.Adam.start({"x": jnp.zeros(())})
     mean = square = 0.0
     for n, g in enumerate(gradients, 1):
         mean = 0.9 * mean + 0.1 * g
         square = 0.999 * square + 0.001 * g**2
         expected = -(mean / (1 - 0.9**n)) / ((square / (1 - 0.999**n)) ** 0.5 + 1e-8)
-        direction, memory = train.adam(n - 1, {"x": jnp.array(g)}, memory)
+        direction, memory = memory.move(n - 1, {"x": jnp.array(g)})
         np.testing.assert_allclose(direction["x"], expected, rtol=1e-4)
 
 
@@ -306,7 +306,7 @@ def test_a_steep_gradient_is_shortened():
 
 def test_steps_drop():
     cfg, _ = configured(n_iter=100)
-    factors = [float(train.drop(cfg, step)) for step in (0, 59, 60, 99)]
+    factors = [float(train.Adam.schedule(cfg, step)) for step in (0, 59, 60, 99)]
     assert cfg.lr_drop == 60
     np.testing.assert_allclose(factors, [1, 1, 0.1, 0.1], rtol=1e-6)
 
