@@ -42,9 +42,7 @@ import numpy as np
 # ---- families of devices -------------------------------------------------------------------------
 
 MIN_AGE = 1.0  # s: a read at the instant of a pulse is taken as a read 1 s after it
-MIN_SHARE = (
-    1e-7  # of g_max: a smaller r counts as this one, where a law has ln r or a power
-)
+MIN_SHARE = 1e-7  # of g_max: a smaller r counts as this one in ln r and in a power of r
 
 
 class Nandakumar(NamedTuple):

@@ -207,7 +207,7 @@ class Support(NamedTuple):
     """The samples of a task that the chip sees, summed by the level of their input."""
 
     share: jax.Array  # [L], p_l
-    y: jax.Array  # [L], p_l ȳ_l
+    y: jax.Array  # [L], p_l ȳ_l, which is weighted by the share; that of a query is not
 
 
 class Query(NamedTuple):
