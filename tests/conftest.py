@@ -104,8 +104,9 @@ def quick_chunk(cfg, devices, state, key, steps):
     return jax.tree.map(lambda x: x + np.float32(sum(moves)), state), measured
 
 
-def quick_test(experiment, cfg, device, n, key, meta):
-    """Stands for train.test: random numbers that depend on the network."""
+def quick_test(cfg, key, meta):
+    """Stands for a compiled meta-test: random numbers that depend on the network."""
+    n = cfg.batch_test
     random = np.random.default_rng(abs(int(1e3 * np.sum(meta.log_theta))))
     looks = (n, cfg.n_inner + 1)
     measured = {"mse": random.random(looks), "mse_last": random.random(looks)}
@@ -118,8 +119,8 @@ def quick_test(experiment, cfg, device, n, key, meta):
 
 def quick_tests(run):
     """Stands for train.compile_tests."""
-    first, n = (train.episode, run.cfg), run.cfg.batch_test
-    return {x.name: functools.partial(quick_test, *first, x, n) for x in run.devices}
+    one = functools.partial(quick_test, run.cfg)
+    return {device.name: one for device in run.devices}
 
 
 def quick_draw(run, episodes, results, folder):

@@ -250,4 +250,6 @@ assert not jax.config.jax_enable_x64
 
 
 def test_importing_changes_nothing():
-    subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, check=True)
+    command = [sys.executable, "-c", IMPORT]
+    run = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert run.stderr == "" and run.returncode == 0
