@@ -155,6 +155,7 @@ class Device(NamedTuple):
     reset_mean: float  # µS
     reset_std: float  # µS
     t0: float  # s, time constant of drift; nandakumar: the age at which G is specified
+    t_verify: float = MIN_AGE  # s, from a pulse of program-and-verify to its read
     stuck_low: float = 0.0  # share of devices that stay at g_min
     stuck_high: float = 0.0  # share of devices that stay at g_max
 
@@ -258,6 +259,7 @@ LOWEST = dict.fromkeys(ANY_SIGN.split(), -math.inf) | {
     "history_decay": 1e-3,
     "t0": 1e-9,
     "t_read": 1e-12,
+    "t_verify": MIN_AGE,
 }
 
 
@@ -519,39 +521,43 @@ class Programmed(NamedTuple):
     xbar: Crossbar
     pulses: jax.Array  # SET pulses
     resets: jax.Array  # RESET pulses
-    reads: jax.Array  # verify reads, each t0 after a pulse
+    reads: jax.Array  # verify reads, each t_verify after a pulse
 
 
 def program_by_pulses(key, device, xbar, target, t):
-    """Programmed by program-and-verify at time t (s): RESET, then MAX_STEPS steps. In each,
-    an unfinished device is read t0 after its pulse. Within the tolerance of its target (µS)
-    it is finished; below, it gets a SET pulse, and above, a RESET."""
+    """Programmed by program-and-verify that ends at time t (s): RESET, then MAX_STEPS steps of
+    t_verify each. In each, an unfinished device is read at the end of the step. Within the
+    tolerance of what the mean drift has left of its target (µS) it is finished; below, it gets
+    a SET pulse, and above, a RESET."""
     reset_key, verify_key = jax.random.split(key)
     every = jnp.full(target.shape, True)
-    erased = reset(reset_key, device, xbar, every, t)
+    began = t - MAX_STEPS * device.t_verify
+    erased = reset(reset_key, device, xbar, every, began)
     tolerance = TOLERANCE * span(device)
+    expected = target * mean_drift(device, target, device.t_verify)
 
     def verify(state, step):
         xbar, unfinished = state
         read_key, pulse_key = jax.random.split(jax.random.fold_in(verify_key, step))
+        now = began + (step + 1) * device.t_verify
         # measure, as the converter of a verify read has a wider range
-        error = measure(read_key, device, xbar, t + device.t0) - target
+        error = measure(read_key, device, xbar, now) - expected
         under = unfinished & (error < -tolerance)
         over = unfinished & (error > tolerance) & (step < NO_RESET)
         fired = under | over
-        xbar = pulse(pulse_key, device, xbar, fired.astype(float), t, over)
+        xbar = pulse(pulse_key, device, xbar, fired.astype(float), now, over)
         return (xbar, fired), (under, over, unfinished)
 
-    steps = jnp.arange(MAX_STEPS)
+    steps = jnp.arange(float(MAX_STEPS))
     (xbar, _), counted = jax.lax.scan(verify, (erased, every), steps)
     pulses, resets, reads = (jnp.sum(x, 0) for x in counted)
     return Programmed(xbar, pulses, resets + 1, reads)
 
 
 def program(key, device, xbar, target, t=0.0):
-    """Programmed to target [2, rows, cols] in µS at time t (s), which is that of all pulses:
-    by pulses, or with the error that the family's source states for its whole procedure,
-    whose pulses are not known and not counted."""
+    """Programmed to target [2, rows, cols] in µS, which ends at time t (s): by pulses at the
+    times before, so that each device keeps its own, or with the error that the family's source
+    states for its whole procedure, whose pulses are not known and not counted."""
     if by_pulses(device):
         return program_by_pulses(key, device, xbar, target, t)
     error_std = device.g_max * device.law.prog_std(target / device.g_max)
@@ -560,7 +566,7 @@ def program(key, device, xbar, target, t=0.0):
 
 
 def deploy(key, device, target):
-    """A new crossbar programmed at t = 0 to target [2, rows, cols] in µS."""
+    """A new crossbar whose programming to target [2, rows, cols] in µS ends at t = 0."""
     chip_key, program_key = jax.random.split(key)
     new = fabricate(chip_key, device, target)
     return program(program_key, device, new, target).xbar

@@ -9,9 +9,10 @@
 A spike resets its membrane by subtraction. The input drives several rows of its crossbar, and the
 bias of layer 0 as many: each weight W0 is a mean over them, which lessens read noise, the spread of
 drift and the error of programming. The last row of a later crossbar is its bias. Drift compensation
-scales the weights of a hidden neuron by one number, Σ G of its devices in a reference read over
-Σ G in the present read. Hidden activity depends on the input's level and on the chip, never on the
-task, so it is simulated once per level. To draw the network at work, run this file.
+scales the weights of a hidden neuron by one number, Σ G that its devices were programmed to over Σ
+G in the present read, whose currents are summed before the converter clips them. Hidden activity
+depends on the input's level and on the chip, never on the task, so it is simulated once per level.
+To draw the network at work, run this file.
 """
 
 from functools import partial
@@ -50,7 +51,7 @@ class Chip(NamedTuple):
     """A deployed network."""
 
     xbars: Network  # of analog.Crossbar
-    # Σ G (µS) of the devices of each hidden neuron in a read at age t0, for drift compensation
+    # Σ G (µS) that the devices of each hidden neuron were programmed to, for drift compensation
     reference: tuple
 
 
@@ -176,8 +177,8 @@ def each(f, key, device, xs, *rest):
 
 
 def column_sums(device, g):
-    """Σ G (µS) of the devices of each neuron [neurons] in a read g [2, rows, neurons]; at
-    least a thousandth of the range, as a column may read as 0."""
+    """Σ G (µS) of the devices of each neuron [neurons], of g [2, rows, neurons]; at least a
+    thousandth of the range, as a column may read as 0."""
     total = jnp.sum(g, (0, 1))
     return jnp.maximum(total, 1e-3 * analog.span(device))
 
@@ -185,11 +186,10 @@ def column_sums(device, g):
 def assemble(key, device, make, g):
     """Chip of the conductances g (µS), a Network of [2, rows, cols]; make(key, device, g)
     makes a crossbar."""
-    hidden_key, readout_key, read_key = jax.random.split(key, 3)
+    hidden_key, readout_key = jax.random.split(key)
     hidden = tuple(each(make, hidden_key, device, g.hidden))
     readout = make(readout_key, device, g.readout)
-    reads = each(analog.read, read_key, device, hidden, device.t0)
-    reference = tuple(column_sums(device, seen) for seen in reads)
+    reference = tuple(column_sums(device, target) for target in g.hidden)
     xbars = Network(hidden, readout)
     return Chip(xbars, reference)
 
@@ -208,12 +208,13 @@ def read_hidden(key, device, chip, t, compensate):
     (s), scaled back by their references if compensate."""
 
     def weights(g, reference):
-        w = analog.weights(device, g)
+        within = analog.clip(g, device.g_min, device.g_max)  # of the converter
+        w = analog.weights(device, within)
         if not compensate:
             return w
         return w * reference / column_sums(device, g)
 
-    reads = each(analog.read, key, device, chip.xbars.hidden, t)
+    reads = each(analog.measure, key, device, chip.xbars.hidden, t)
     first, *later = map(weights, reads, chip.reference)
     return mean_over_rows(first), *later
 

@@ -35,7 +35,7 @@ AGES = 400.0, 1e3, 1e4, 1e5, 1e6, 1e7  # s, the first after an adaptation at tre
 OLD = 1e6  # s
 N_LIFE = 50  # tasks of a life
 PERIOD = 1e4  # s, from one of them to the next
-AHEAD = 100.0  # s, from the programming of a readout to the first look at a task
+AHEAD = 30.0  # s, from the end of a readout's programming to the first look at a task
 RIDGES = 1e-4, 1e-3, 1e-2, 1e-1, 1.0
 STUCK = {"stuck_low": 0.005, "stuck_high": 0.005}  # shares of all devices
 
@@ -226,11 +226,12 @@ def first_tasks(key, meta, cfg, device):
 
 
 def written(key, cfg, device, chip, w):
-    """Weights [H] as read at ttest from a readout that was programmed to weights w [H] at
+    """Weights [H] as read at ttest from a readout whose programming to weights w [H] began at
     tprog."""
     write_key, read_key = jax.random.split(key)
     wanted = writable(device, w[:, None])
-    done = analog.program(write_key, device, chip.xbars.readout, wanted, cfg.tprog)
+    ended = cfg.tprog + analog.MAX_STEPS * device.t_verify
+    done = analog.program(write_key, device, chip.xbars.readout, wanted, ended)
     return network.read_readout(read_key, device, done.xbar, cfg.ttest)
 
 
