@@ -249,12 +249,13 @@ DEVICES = {device.name: device for device in (PCM, PCM_HISTORY, IBM, IBM_HISTORY
 
 # ---- devices of one's own ------------------------------------------------------------------------
 
-# The lowest value of a constant, where it is not 0. A g_max below 10⁻³ must be in siemens.
+# The lowest value of a constant, where it is not 0. A g_max below 10⁻³ is one in siemens.
 ANY_SIGN = (
     "set_slope set_offset set_history prog_1 prog_2 "
     "nu_slope nu_offset nu_std_slope nu_std_offset"
 )
-LOWEST = dict.fromkeys(ANY_SIGN.split(), -math.inf) | {
+HIGHEST = float(np.finfo(np.float32).max)
+LOWEST = dict.fromkeys(ANY_SIGN.split(), -HIGHEST) | {
     "g_max": 1e-3,
     "history_decay": 1e-3,
     "t0": 1e-9,
@@ -287,8 +288,9 @@ def from_constants(constants):
         raise ValueError(f"key {', '.join(wrong)}")
     for key, x in given.items():
         low = LOWEST.get(key, 0)
-        if type(x) not in (int, float) or not low <= x < math.inf:
-            raise ValueError(f"key {key} must be a number from {low} (µS and s): {x!r}")
+        if type(x) not in (int, float) or not low <= x <= HIGHEST:
+            what = f"a number from {low:g} to {HIGHEST:.3g} (µS and s)"
+            raise ValueError(f"key {key} must be {what}: {x!r:.40}")
     device = Device(name, law(*map(given.pop, law._fields)), **given)
     check_range(device)
     return device
@@ -327,11 +329,15 @@ def load_device(name):
     if name in DEVICES:
         return DEVICES[name]
     try:
-        text = Path(name).read_text(encoding="utf-8")
-        device = from_constants(json.loads(text, object_pairs_hook=unique))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        text = Path(name).read_text(encoding="utf-8-sig")
+        # float, as Python refuses integers of very many digits
+        constants = json.loads(text, parse_int=float, object_pairs_hook=unique)
+        device = from_constants(constants)
+    except (OSError, UnicodeError, json.JSONDecodeError, TypeError) as error:
         what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
         raise ValueError(f"{name} is {what} ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{name} has too many brackets for a JSON object") from None
     if device.name in DEVICES:
         raise ValueError(f"key name ({device.name}) is that of a built-in device")
     return device

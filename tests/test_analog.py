@@ -562,8 +562,10 @@ def test_describe_and_from_constants_are_inverse(device, tmp_path):
     constants = json.loads(json.dumps(analog.describe(device)))
     assert analog.from_constants(constants) == device
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps(constants | {"name": "mine", "comment": "of my own"}))
-    assert analog.load_device(str(path)) == device._replace(name="mine")
+    text = json.dumps(constants | {"name": "mine", "comment": "of my own"})
+    for encoding in ("utf-8", "utf-8-sig"):  # the second begins with a mark
+        path.write_text(text, encoding=encoding)
+        assert analog.load_device(str(path)) == device._replace(name="mine")
 
 
 def test_built_in_devices_have_names():
@@ -596,6 +598,8 @@ WRONG = (
     ("t0", True),
     ("set_slope", math.nan),
     ("set_offset", math.inf),
+    ("set_offset", 1e39),  # not finite in float32
+    ("set_slope", -(10**400)),
     ("g_min", -1.0),
     ("nu_std", -0.1),
     ("t0", 0),
@@ -633,6 +637,8 @@ def test_a_missing_constant_is_named():
         ("", "JSON"),
         ("{", "JSON"),
         ("[]", "JSON object"),
+        ("[" * 100_000, "brackets"),
+        (json.dumps(without("t0"))[:-1] + ', "t0": 1' + "0" * 5000 + "}", "t0"),
         ('"x"', "JSON object"),
         ("\xff", "JSON"),
         (None, "nor a JSON object"),
