@@ -746,9 +746,9 @@ class Run(NamedTuple):
     versions: dict | None = None  # provenance() when what was loaded was saved
 
 
-def write(path, data):
+def replace(path, data):
     """Put data into the file, which is replaced as a whole: a reader, or a run killed at
-    any moment, finds the old or the new."""
+    any moment, finds the old or the new. OSError if it cannot be written."""
     if jax.process_index():  # of several hosts the first alone writes
         return
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -756,9 +756,17 @@ def write(path, data):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         os.replace(part, path)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             part.unlink()
+        raise
+
+
+def write(path, data):
+    """Put data into a file that a run cannot do without."""
+    try:
+        replace(path, data)
+    except OSError as error:
         stop(f"cannot write {path}: {error.strerror}; the last checkpoint stands", 1)
 
 
@@ -806,7 +814,7 @@ def csv_of(rows):
     """The bytes of a table of dictionaries by column, empty where a row lacks a value."""
     table = io.StringIO()
     columns = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(table, columns)
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return table.getvalue().encode()
@@ -946,7 +954,7 @@ def parse(argv):
 def devices_of(names):
     """The devices that --device names, by commas."""
     try:
-        return tuple(map(analog.load_device, names.split(",")))
+        return tuple(analog.load_device(name.strip()) for name in names.split(","))
     except ValueError as error:
         stop(f"--device: {error}")
 
@@ -960,9 +968,10 @@ def check(cfg, devices):
     n, learning = len(devices), (cfg.n_inner - 1) * cfg.tlook
     last, soonest = cfg.tprog + learning, learning + analog.MIN_AGE
     low, high = common_range(devices)
+    g_max = ", ".join(f"{x.name} has {x.g_max:g} µS" for x in devices)
     needs = {
         "--device: a name stands twice": len({x.name for x in devices}) == n,
-        "--device: all must agree in g_max": len({x.g_max for x in devices}) == 1,
+        f"--device: all must agree in g_max, but {g_max}": len({x.g_max for x in devices}) == 1,
         "--device: no conductance can be programmed on all of them": low < high,
         f"--batch_train must be a multiple of {n} devices": cfg.batch_train % n == 0,
         f"--max_age must be at least tread, {cfg.tread:g} s": cfg.max_age >= cfg.tread,
@@ -1136,8 +1145,11 @@ def draw(run, episodes, results, folder):
         image = figures.png(figure, note)
         copy = Path("img", f"{title}{suffix}.png")
         write(folder / f"{title}.png", image)
-        write(copy, image)
-        print(f"figure in {copy}")
+        try:
+            replace(copy, image)
+            print(f"figure in {copy}")
+        except OSError as error:
+            print(f"warning: no copy in {copy}: {error.strerror}")
 
 
 def cores():

@@ -31,8 +31,10 @@ plain = matplotlib.style.context(
 
 @plain
 def png(figure, note=""):
-    """The figure's file as bytes, with a note in small print below."""
-    figure.supxlabel(textwrap.fill(note, 150), fontsize=6.5, color="#666666")
+    """The figure's file as bytes, with a note in small print below, to the letter: a folder's
+    name may hold dollar signs, or bytes that are no text."""
+    text = textwrap.fill(note.encode(errors="replace").decode(), 150)
+    figure.supxlabel(text, fontsize=6.5, color="#666666", parse_math=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     return image.getvalue()
@@ -140,8 +142,12 @@ def mark_mean(axes, x, height, text, color):
 def show_errors(axes, before, after, n_pulses):
     """Draw the distributions of the errors [n] of chips before and after adaptation, means
     marked."""
-    low = min(before.min(), after.min(), after.mean() / 20)
-    high = 1.1 * max(before.max(), after.max())
+    errors = np.concatenate([before, after])
+    shown = errors[np.isfinite(errors) & (errors > 0)]  # what a logarithmic axis can show
+    if not len(shown):
+        shown = np.ones(1)
+    low = min(x for x in (shown.min(), after.mean() / 20) if x > 0)
+    high = 1.1 * shown.max()
     n_bins = int(np.clip(2 * len(before) ** 0.5, 8, 40))
     edges = np.geomspace(low, high, n_bins + 1)
     filled = {"histtype": "stepfilled", "linewidth": 1.5}

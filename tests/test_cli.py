@@ -371,6 +371,24 @@ def test_a_table_has_the_columns_of_all_its_rows():
     assert table.split() == [b"step,old,new", b"1,2,", b"3,,4"]
 
 
+def test_a_side_product_does_not_end_a_run(quick, monkeypatch):
+    """The name of the folder is no formula, and img/ cannot be written."""
+    monkeypatch.setattr(train, "draw", DRAW)
+    (quick / "img").write_text("a file where the folder should be")
+    status, out, err = call("--run_dir", "a$x_$b\udcff")
+    assert (status, err) == (0, "") and "warning: no copy in img/" in out
+    run = quick / "a$x_$b\udcff"
+    assert matplotlib.image.imread(run / "meta_testing.png").std() > 0.02
+    assert b"\r" not in (run / "metrics.csv").read_bytes()
+
+
+def test_names_of_devices_may_have_spaces_around(here):
+    cfg, devices = train.configure({"device": "pcm , ibm"})
+    assert [device.name for device in devices] == ["pcm", "ibm"]
+    status, _, err = call("--device", f"pcm,{RERAM}")
+    assert status == 2 and "pcm has 12 µS, reram has 100 µS" in err
+
+
 def test_a_platform_that_is_absent_is_one_line(tmp_path):
     process = launch(tmp_path, str(ROOT / "train.py"), JAX_PLATFORMS="tpu")
     _, err = process.communicate(timeout=100)

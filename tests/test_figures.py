@@ -41,6 +41,14 @@ def test_the_axes_of_testing_show_all_data():
     assert chips.get_xlim()[0] <= 0.01 and chips.get_xlim()[1] >= 300
 
 
+def test_errors_that_a_logarithmic_axis_cannot_show_are_left_out():
+    for before, after in (([1.0, 2.0], [0.0, -1e-9]), ([0.0], [0.0]), ([np.nan, 1.0], [2.0])):
+        _, axes = figures.empty(4)
+        figures.show_errors(axes, np.array(before), np.array(after), 3.0)
+        low, high = axes.get_xlim()
+        assert 0 < low < high < np.inf
+
+
 def test_settings_of_the_users_matplotlib_have_no_say():
     with matplotlib.rc_context({"text.usetex": True, "font.family": "nowhere"}):
         figure = figures.training(rows(3), YARDSTICKS)
