@@ -428,10 +428,15 @@ def measure(key, device, xbar, t):
     return g + std * jax.random.normal(key, g.shape)
 
 
+def convert(device, g):
+    """Measured conductances g (µS) within the range of the crossbar's converter."""
+    return clip(g, device.g_min, device.g_max)
+
+
 def read(key, device, xbar, t):
     """Conductance [2, rows, cols] in µS at time t (s) as a read of the crossbar sees it, within the
     range of its converter."""
-    return clip(measure(key, device, xbar, t), device.g_min, device.g_max)
+    return convert(device, measure(key, device, xbar, t))
 
 
 def changed(xbar, mask, **fields):

@@ -9,8 +9,8 @@
 A spike resets its membrane by subtraction. The input drives several rows of its crossbar, and the
 bias of layer 0 as many: each weight W0 is a mean over them, which lessens read noise, the spread of
 drift and the error of programming. The last row of a later crossbar is its bias. Drift compensation
-scales the weights of a hidden neuron by one number, Σ G that its devices were programmed to over Σ
-G in the present read, whose currents are summed before the converter clips them. Hidden activity
+scales the weights of a hidden neuron by one number, Σ G that its devices were programmed to over
+Σ G in the present read, whose currents are summed before the converter clips them. Hidden activity
 depends on the input's level and on the chip, never on the task, so it is simulated once per level.
 To draw the network at work, run this file.
 """
@@ -208,8 +208,7 @@ def read_hidden(key, device, chip, t, compensate):
     (s), scaled back by their references if compensate."""
 
     def weights(g, reference):
-        within = analog.clip(g, device.g_min, device.g_max)  # of the converter
-        w = analog.weights(device, within)
+        w = analog.weights(device, analog.convert(device, g))
         if not compensate:
             return w
         return w * reference / column_sums(device, g)
