@@ -22,8 +22,13 @@ per read (1/f noise).
                  drawn from the target when a device is programmed, from G when it is pulsed
                  G(t) = G·((age + t0)/t0)^−ν
                  σ = G(t)·min(read_scale·r^−read_power, read_cap)·√ln((age+t0+t_read)/(2·t_read))
-                 G after programming = N(target, (g_max·(prog_0 + prog_1·r + prog_2·r²))²)
-    ideal        ν = 0, σ = 0, G after programming = target
+
+A device is programmed in one of two ways.
+
+    by pulses    a RESET, then SET pulses and verify reads in turn, each read t_verify after its
+                 pulse; the time at which programming ends is 0 on a new chip's clock
+    as stated    G = N(target, (g_max·(prog_0 + prog_1·r + prog_2·r²))²) at that time, where the
+                 source of a device states the error and not the pulses
 
 `Device` holds the constants, `Crossbar` the state of an array of devices. To draw the laws over
 simulated devices: python analog.py, or python analog.py --device mine.json
@@ -31,7 +36,6 @@ simulated devices: python analog.py, or python analog.py --device mine.json
 
 import functools
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,12 +72,9 @@ class Nandakumar(NamedTuple):
 
 
 class Ibm(NamedTuple):
-    """Programming error, drift and read noise of IBM's array of a million devices
-    (PCMLikeNoiseModel of aihwkit)."""
+    """Drift and read noise of IBM's array of a million devices (PCMLikeNoiseModel of
+    aihwkit)."""
 
-    prog_0: float  # std of the programming error, share of g_max
-    prog_1: float  # the same, per r
-    prog_2: float  # the same, per r²
     nu_slope: float  # mean of ν, per ln r
     nu_offset: float  # mean of ν at r = 1, before its limits
     nu_low: float  # lower limit of the mean
@@ -108,40 +109,30 @@ class Ibm(NamedTuple):
         growth = jnp.sqrt(jnp.log((age + t0 + self.t_read) / (2 * self.t_read)))
         return g * jnp.minimum(share, self.read_cap) * growth
 
-    def prog_std(self, r):
-        """Std of the programming error, share of g_max."""
-        return self.prog_0 + self.prog_1 * r + self.prog_2 * r**2
 
-
-class Ideal(NamedTuple):
-    """No drift, no noise, no programming error."""
-
-    redraws_nu = False
-
-    def nu_law(self, r):
-        return 0.0, 0.0
-
-    def clock(self, age, t0):
-        return jnp.ones_like(age)
-
-    def read_std(self, g, r, age, t0):
-        return 0.0
-
-    def prog_std(self, r):
-        return 0.0
-
-
-FAMILIES = {"nandakumar": Nandakumar, "ibm": Ibm, "ideal": Ideal}
+FAMILIES = {"nandakumar": Nandakumar, "ibm": Ibm}
 
 
 # ---- types ---------------------------------------------------------------------------------------
 
 
-class Device(NamedTuple):
-    """The constants of one kind of device."""
+class StatedError(NamedTuple):
+    """The error that programming leaves, as the source of a device states it."""
 
-    name: str
-    law: Nandakumar | Ibm | Ideal
+    prog_0: float  # std, share of g_max
+    prog_1: float  # the same, per r
+    prog_2: float  # the same, per r²
+
+    def std(self, r):
+        """Std of the error, share of g_max, at targets of the share r of g_max."""
+        return self.prog_0 + self.prog_1 * r + self.prog_2 * r**2
+
+
+class Device(NamedTuple):
+    """The constants of one kind of device. They are data of a compiled program: another
+    value compiles nothing anew."""
+
+    law: Nandakumar | Ibm
     g_min: float  # µS, the lowest G
     g_max: float  # µS, the highest G
     g_prog: float  # µS, the highest G that programming reaches
@@ -158,6 +149,7 @@ class Device(NamedTuple):
     t_verify: float = MIN_AGE  # s, from a pulse of program-and-verify to its read
     stuck_low: float = 0.0  # share of devices that stay at g_min
     stuck_high: float = 0.0  # share of devices that stay at g_max
+    stated: StatedError | None = None  # None: programmed by pulses
 
 
 class Crossbar(NamedTuple):
@@ -173,12 +165,11 @@ class Crossbar(NamedTuple):
 
 # ---- devices -------------------------------------------------------------------------------------
 
-# Doped-GST mushroom cells: Nandakumar et al., J. Appl. Phys. 124, 152135 (2018), in the form
-# without memory of earlier work. ν's spread is not given there: 0.008 is what aihwkit has at high
-# G. SET has its fixed point at 10.6 µS, so that 10 µS is the highest that programming reaches.
+# Doped-GST mushroom cells: Nandakumar et al., J. Appl. Phys. 124, 152135 (2018), the form whose
+# pulses all act alike. ν's spread is not given there: 0.008 is what aihwkit has at high G. SET
+# has its fixed point at 10.6 µS, so that 10 µS is the highest that programming reaches.
 PCM = Device(
-    "pcm",
-    Nandakumar(nu_mean=0.04, nu_std=0.008, read_slope=0.03, read_offset=0.13),
+    law=Nandakumar(nu_mean=0.04, nu_std=0.008, read_slope=0.03, read_offset=0.13),
     g_min=0.1,
     g_max=12.0,
     g_prog=10.0,
@@ -194,7 +185,7 @@ PCM = Device(
     t0=38.6,
 )
 
-# The memory of earlier pulses that the paper fits to the same cells (its Table I).
+# How the first pulses after a RESET act more, as the paper fits it to the same cells (Table I).
 HISTORY = {
     "set_offset": 0.880,
     "set_history": 1.40,
@@ -202,19 +193,15 @@ HISTORY = {
     "set_std_offset": 0.260,
     "set_std_history": 2.15,
 }
-PCM_HISTORY = PCM._replace(name="pcm_history", **HISTORY)
 
 # aihwkit, PCMLikeNoiseModel, its 25 µS scaled to g_max. It has no pulses of its own, so these are
 # PCM's.
 IBM = PCM._replace(
-    name="ibm",
     g_min=0.0,
     g_prog=12.0,
     t0=20.0,
+    stated=StatedError(0.26348 / 25, 1.9650 / 25, -1.1731 / 25),
     law=Ibm(
-        prog_0=0.26348 / 25,
-        prog_1=1.9650 / 25,
-        prog_2=-1.1731 / 25,
         nu_slope=-0.0155,
         nu_offset=0.0244,
         nu_low=0.049,
@@ -230,12 +217,10 @@ IBM = PCM._replace(
     ),
 )
 
-IBM_HISTORY = IBM._replace(name="ibm_history", **HISTORY)
-
-# Every pulse adds 0.75 µS = g_max/2⁴.
+# No noise, no drift, no error of programming; every pulse adds 0.75 µS = g_max/2⁴.
 PERF = PCM._replace(
-    name="perf",
-    law=Ideal(),
+    law=Nandakumar(nu_mean=0.0, nu_std=0.0, read_slope=0.0, read_offset=0.0),
+    stated=StatedError(0.0, 0.0, 0.0),
     g_prog=12.0,
     set_slope=0.0,
     set_offset=0.75,
@@ -244,19 +229,25 @@ PERF = PCM._replace(
     reset_std=0.0,
 )
 
-DEVICES = {device.name: device for device in (PCM, PCM_HISTORY, IBM, IBM_HISTORY, PERF)}
+DEVICES = {
+    "pcm": PCM,
+    "pcm_history": PCM._replace(**HISTORY),
+    "ibm": IBM,
+    "ibm_history": IBM._replace(**HISTORY),
+    "perf": PERF,
+}
 
 
 # ---- devices of one's own ------------------------------------------------------------------------
 
-# The lowest value of a constant, where it is not 0. A g_max below 10⁻³ is one in siemens.
+# The lowest value of a constant, where it is not 0.
 ANY_SIGN = (
     "set_slope set_offset set_history prog_1 prog_2 "
     "nu_slope nu_offset nu_std_slope nu_std_offset"
 )
 HIGHEST = float(np.finfo(np.float32).max)
 LOWEST = dict.fromkeys(ANY_SIGN.split(), -HIGHEST) | {
-    "g_max": 1e-3,
+    "g_max": 1e-3,  # a lower one would be in siemens
     "history_decay": 1e-3,
     "t0": 1e-9,
     "t_read": 1e-12,
@@ -264,41 +255,58 @@ LOWEST = dict.fromkeys(ANY_SIGN.split(), -HIGHEST) | {
 }
 
 
-def describe(device):
+def describe(name, device):
     """The constants of a device as one flat dictionary, as its JSON file has them."""
-    family = next(name for name, law in FAMILIES.items() if isinstance(device.law, law))
-    return {**device._asdict(), "law": family, **device.law._asdict()}
+    family = next(key for key, law in FAMILIES.items() if isinstance(device.law, law))
+    constants = device._asdict()
+    law, stated = constants.pop("law"), constants.pop("stated")
+    parts = law._asdict() | (stated._asdict() if stated else {})
+    return {"name": name, "law": family, **constants, **parts}
+
+
+def number(key, x):
+    """A constant as a float; ValueError where it cannot be one."""
+    low = LOWEST.get(key, 0)
+    if type(x) not in (int, float) or not low <= x <= HIGHEST:
+        what = f"a number from {low:g} to {HIGHEST:.3g} (µS and s)"
+        raise ValueError(f"key {key} must be {what}: {x!r:.40}")
+    return float(x)
+
+
+def check_keys(keys, parts):
+    """ValueError where constants of a Device of these parts are missing or unknown."""
+    fields = {field for part in (Device, *parts) for field in part._fields}
+    known = fields - {"law", "stated"}
+    wrong = [
+        f"{key} is {'missing' if key in known else 'unknown'}"
+        for key in sorted(known ^ keys)
+    ]
+    if wrong:
+        raise ValueError(f"key {', '.join(wrong)}")
 
 
 def from_constants(constants):
-    """Device of a flat dictionary of constants; ValueError names what is wrong."""
-    given = {"name": "", "law": "nandakumar", **Device._field_defaults, **constants}
+    """Name and Device of a flat dictionary of constants; ValueError names what is wrong. Where
+    it has an error of programming, prog_0 and so on, the device is programmed as stated."""
+    defaults = {"name": "", "law": "nandakumar", **Device._field_defaults}
+    defaults.pop("stated")
+    given = defaults | constants
     given.pop("comment", None)
     name, law = given.pop("name"), FAMILIES.get(str(given.pop("law")))
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"key name must be a word of letters, digits and _: {name!r}")
     if law is None:
         raise ValueError(f"key law must be one of {', '.join(FAMILIES)}")
-    known = {*Device._fields, *law._fields} - {"name", "law"}
-    wrong = [
-        f"{key} is {'missing' if key in known else 'unknown'}"
-        for key in sorted(known ^ given.keys())
-    ]
-    if wrong:
-        raise ValueError(f"key {', '.join(wrong)}")
-    for key, x in given.items():
-        low = LOWEST.get(key, 0)
-        if type(x) not in (int, float) or not low <= x <= HIGHEST:
-            what = f"a number from {low:g} to {HIGHEST:.3g} (µS and s)"
-            raise ValueError(f"key {key} must be {what}: {x!r:.40}")
-    device = Device(name, law(*map(given.pop, law._fields)), **given)
+    parts = {"law": law}
+    if given.keys() & set(StatedError._fields):
+        parts["stated"] = StatedError
+    check_keys(given.keys(), parts.values())
+    given = {key: number(key, x) for key, x in given.items()}
+    for key, part in parts.items():
+        parts[key] = part(*map(given.pop, part._fields))
+    device = Device(**parts, **given)
     check_range(device)
-    return device
-
-
-def by_pulses(device):
-    """Whether a device is programmed by pulses: its family states no error of its own."""
-    return not hasattr(device.law, "prog_std")
+    return name, device
 
 
 def check_range(device):
@@ -309,7 +317,7 @@ def check_range(device):
         raise ValueError("key reset_mean must be from g_min to g_max")
     if device.stuck_low + device.stuck_high > 1:
         raise ValueError("keys stuck_low and stuck_high must not sum above 1")
-    if by_pulses(device) and set_mean(device, device.g_prog, 0.0) <= 0:
+    if not device.stated and set_mean(device, device.g_prog, 0.0) <= 0:
         raise ValueError("key g_prog is where SET no longer raises G; lower it")
 
 
@@ -324,23 +332,23 @@ def unique(pairs):
 
 
 def load_device(name):
-    """Device of a built-in name, or of a JSON file {"name": ..., "g_min": ..., ...} at that
-    path; ValueError says what is wrong with it."""
-    if name in DEVICES:
-        return DEVICES[name]
+    """Name and Device of a JSON file {"name": ..., "g_min": ..., ...} at the path name, or of
+    a built-in name; ValueError says what is wrong with it."""
+    if name in DEVICES and not Path(name).is_file():
+        return name, DEVICES[name]
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
         # float, as Python refuses integers of very many digits
         constants = json.loads(text, parse_int=float, object_pairs_hook=unique)
-        device = from_constants(constants)
+        found, device = from_constants(constants)
     except (OSError, UnicodeError, json.JSONDecodeError, TypeError) as error:
         what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
         raise ValueError(f"{name} is {what} ({error})") from None
     except RecursionError:
         raise ValueError(f"{name} has too many brackets for a JSON object") from None
-    if device.name in DEVICES:
-        raise ValueError(f"key name ({device.name}) is that of a built-in device")
-    return device
+    if found in DEVICES:
+        raise ValueError(f"key name ({found}) is that of a built-in device")
+    return found, device
 
 
 # ---- physics -------------------------------------------------------------------------------------
@@ -384,12 +392,15 @@ def set_std(device, g, p):
 def staircase(device, n_pulses):
     """Noise-free G [n_pulses + 1] in µS and P [n_pulses + 1] after RESET and each of
     n_pulses SET pulses."""
-    p = np.exp(-np.arange(n_pulses + 1) / device.history_decay)
-    g = [device.reset_mean]
-    for p_now in p[1:]:
-        raised = g[-1] + set_mean(device, g[-1], p_now)
-        g.append(min(max(raised, device.g_min), device.g_max))
-    return np.array(g), p
+    p = jnp.exp(-jnp.arange(float(n_pulses + 1)) / device.history_decay)
+
+    def raise_once(g, p):
+        raised = jnp.clip(g + set_mean(device, g, p), device.g_min, device.g_max)
+        return raised, raised
+
+    start = jnp.asarray(device.reset_mean, p.dtype)
+    _, g = jax.lax.scan(raise_once, start, p[1:])
+    return jnp.concatenate([start[None], g]), p
 
 
 def history(device, g):
@@ -452,7 +463,7 @@ def pulse(key, device, xbar, amount, t, is_reset=False):
     noise_key, nu_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, xbar.g.shape)
     amount = jnp.where(xbar.free, amount, 0.0)
-    p = xbar.p * math.exp(-1 / device.history_decay)
+    p = xbar.p * jnp.exp(-1 / device.history_decay)
     raised = xbar.g + set_mean(device, xbar.g, p) + set_std(device, xbar.g, p) * noise
     erased = device.reset_mean + device.reset_std * noise
     full = clip(jnp.where(is_reset, erased, raised), device.g_min, device.g_max)
@@ -468,23 +479,15 @@ def reset(key, device, xbar, mask, t):
     return pulse(key, device, xbar, mask.astype(float), t, is_reset=True)
 
 
-def place(key, device, xbar, target, error_std, t):
-    """Crossbar whose devices were programmed to target [2, rows, cols] in µS at time t (s),
-    with a normal error of error_std (µS). The error is straight-through: the gradient
-    ignores it."""
-    error_key, nu_key = jax.random.split(key)
-    error = error_std * jax.random.normal(error_key, target.shape)
-    noisy = jnp.clip(target + error, device.g_min, device.g_max)
-    g = target + jax.lax.stop_gradient(noisy - target)
-    nu = draw_nu(nu_key, device, target)
-    return changed(xbar, True, g=g, t_prog=t, nu=nu, p=history(device, g))
+def later(xbar, seconds):
+    """The crossbar on a clock that starts that many seconds later."""
+    return xbar._replace(t_prog=xbar.t_prog - seconds)
 
 
-# ---- composites ----------------------------------------------------------------------------------
+# ---- programming ---------------------------------------------------------------------------------
 
 # fabricate makes a new crossbar as meta-training does, with a normal error of programming. program
-# writes an existing one, by pulses where the device's family has no error of its own. deploy does
-# both: a new crossbar as one would program it.
+# writes an existing one. deploy does both: a new crossbar as one would program it.
 
 # Share of the range by which a verified device may miss: 0.4 µS on PCM.
 TOLERANCE = 0.4 / 11.9
@@ -494,35 +497,22 @@ MAX_STEPS = 120  # of program-and-verify; only slow devices take more than a few
 NO_RESET = 80
 
 
-def fabricate(key, device, target, error_std=0.0):
-    """A new crossbar, some of its devices stuck, programmed at t = 0 to target [2, rows,
-    cols] in µS with a normal error of error_std (µS)."""
-    stuck_key, place_key = jax.random.split(key)
-    lot = jax.random.uniform(stuck_key, target.shape)
-    low = lot < device.stuck_low
-    high = lot >= 1 - device.stuck_high
-    zero = jnp.zeros_like(target)
-    blank = Crossbar(
-        jnp.where(low, device.g_min, device.g_max), zero, zero, zero, ~(low | high)
-    )
-    return place(place_key, device, blank, target, error_std, 0.0)
+class ProgramTable(NamedTuple):
+    """What program leaves of devices that are not stuck, by target; every field is [targets]."""
+
+    target: jax.Array  # µS
+    mean: jax.Array  # µS, mean of G − target
+    std: jax.Array  # µS, std of G − target
+    age: jax.Array  # s, mean age of the devices when programming has ended
+
+    def at(self, g):
+        """Mean, std and age at targets g (µS), each of g's shape."""
+        g = jax.lax.stop_gradient(g)
+        target, *rest = (jnp.asarray(x, g.dtype) for x in self)
+        return [jnp.interp(g, target, x) for x in rest]
 
 
-def fire(key, device, xbar, counts, n_most, t):
-    """Crossbar after counts [2, rows, cols] SET pulses at time t (s), at most n_most of
-    each device, and the pulses fired. The last pulse of a device may be a part of one. The
-    derivative by a count is what the last pulse has added; that by a count of 0 is what a
-    first pulse would add, so that training learns of it too."""
-
-    def fire_one(xbar, inputs):
-        key, n_fired = inputs
-        counted = n_fired < jnp.maximum(counts, 1.0)
-        amount = jnp.where(counted, clip(counts - n_fired, 0.0, 1.0), 0.0)
-        return pulse(key, device, xbar, amount, t), amount
-
-    keys = jax.random.split(key, n_most)
-    xbar, fired = jax.lax.scan(fire_one, xbar, (keys, jnp.arange(float(n_most))))
-    return xbar, jnp.sum(fired, 0)
+EXACT = ProgramTable(*np.zeros((4, 1), np.float32))  # no error, no age
 
 
 class Programmed(NamedTuple):
@@ -533,6 +523,39 @@ class Programmed(NamedTuple):
     pulses: jax.Array  # SET pulses
     resets: jax.Array  # RESET pulses
     reads: jax.Array  # verify reads, each t_verify after a pulse
+
+
+def write(key, device, xbar, target, error, t):
+    """Crossbar whose devices were programmed to target [2, rows, cols] in µS at times t (s),
+    and missed it by error (µS). The error is straight-through: the gradient ignores it."""
+    noisy = jnp.clip(target + error, device.g_min, device.g_max)
+    g = target + jax.lax.stop_gradient(noisy - target)
+    nu = draw_nu(key, device, target)
+    return changed(xbar, True, g=g, t_prog=t, nu=nu, p=history(device, g))
+
+
+def blank(key, device, shape):
+    """A new crossbar of that shape [2, rows, cols] that was never pulsed, some of its devices
+    stuck."""
+    stuck_key, nu_key = jax.random.split(key)
+    lot = jax.random.uniform(stuck_key, shape)
+    low = lot < device.stuck_low
+    high = lot >= 1 - device.stuck_high
+    free = ~(low | high)
+    g = jnp.where(low, device.g_min, device.g_max)
+    nu = jnp.where(free, draw_nu(nu_key, device, g), 0.0)  # a stuck device stays
+    zero = jnp.zeros_like(lot)
+    return Crossbar(g, zero, nu, zero, free)
+
+
+def fabricate(key, device, target, table=EXACT):
+    """A new crossbar, some of its devices stuck, whose programming to target [2, rows, cols]
+    in µS ended at time 0: with errors and ages of the table, as normal draws."""
+    stuck_key, error_key, nu_key = jax.random.split(key, 3)
+    new = blank(stuck_key, device, target.shape)
+    mean, std, age = table.at(target)
+    error = mean + std * jax.random.normal(error_key, target.shape)
+    return write(nu_key, device, new, target, error, -age)
 
 
 def program_by_pulses(key, device, xbar, target, t):
@@ -566,39 +589,64 @@ def program_by_pulses(key, device, xbar, target, t):
 
 
 def program(key, device, xbar, target, t=0.0):
-    """Programmed to target [2, rows, cols] in µS, which ends at time t (s): by pulses at the
-    times before, so that each device keeps its own, or with the error that the family's source
-    states for its whole procedure, whose pulses are not known and not counted."""
-    if by_pulses(device):
+    """Programmed to target [2, rows, cols] in µS, which ends at time t (s): by pulses, or with
+    the error that the device's source states for its whole procedure, whose pulses are not
+    known and not counted."""
+    if device.stated is None:
         return program_by_pulses(key, device, xbar, target, t)
-    error_std = device.g_max * device.law.prog_std(target / device.g_max)
+    error_key, nu_key = jax.random.split(key)
+    std = device.g_max * device.stated.std(target / device.g_max)
+    error = std * jax.random.normal(error_key, target.shape)
     none = jnp.zeros(target.shape, int)
-    return Programmed(place(key, device, xbar, target, error_std, t), none, none, none)
+    return Programmed(write(nu_key, device, xbar, target, error, t), none, none, none)
 
 
 def deploy(key, device, target):
-    """A new crossbar whose programming to target [2, rows, cols] in µS ends at t = 0."""
-    chip_key, program_key = jax.random.split(key)
-    new = fabricate(chip_key, device, target)
+    """A new crossbar whose programming to target [2, rows, cols] in µS has ended at time 0."""
+    stuck_key, program_key = jax.random.split(key)
+    new = blank(stuck_key, device, target.shape)
     return program(program_key, device, new, target).xbar
 
 
+N_TARGETS, N_SAMPLES = 33, 2000  # of a program_table
+
+
 @functools.cache
-def programming_error(device):
-    """33 targets (µS) over the programmable range, and the rms error (µS) that program
-    leaves at each of them, measured on 2,000 devices that are not stuck."""
-    with jax.ensure_compile_time_eval():
-        sound = device._replace(stuck_low=0.0, stuck_high=0.0)
-        targets = jnp.linspace(device.g_min, device.g_prog, 33)
-        target = jnp.broadcast_to(targets, (2, 1000, 33))
-        reached = jax.jit(deploy, static_argnums=1)(jax.random.key(0), sound, target)
-        rms = jnp.sqrt(jnp.mean((reached.g - target) ** 2, (0, 1)))
-    return np.asarray(targets), np.asarray(rms)
+def program_table(device):
+    """ProgramTable of a device, measured on N_SAMPLES devices at each of N_TARGETS over the
+    range that programming reaches."""
+    sound = device._replace(stuck_low=0.0, stuck_high=0.0)
+    targets = jnp.linspace(device.g_min, device.g_prog, N_TARGETS)
+    independent = jnp.repeat(targets, N_SAMPLES // 2)  # one row, as they share no wires
+    target = jnp.broadcast_to(independent, (2, 1, len(independent)))
+    reached = jax.jit(deploy)(jax.random.key(0), sound, target)
+    error, age = (
+        np.reshape(x, (2, N_TARGETS, -1)) for x in (reached.g - target, -reached.t_prog)
+    )
+    found = targets, error.mean((0, 2)), error.std((0, 2)), age.mean((0, 2))
+    return ProgramTable(*map(np.asarray, found))
 
 
-def error_of_programming(device, g):
-    """Std (µS) of the error that program leaves at conductances g (µS), of g's shape."""
-    return jnp.interp(jax.lax.stop_gradient(g), *programming_error(device))
+# ---- pulses of an adaptation ---------------------------------------------------------------------
+
+
+def fire(key, device, xbar, counts, n_most, t):
+    """Crossbar after counts [2, rows, cols] SET pulses at time t (s), at most n_most of
+    each device, and the pulses fired. The last pulse of a device may be a part of one. The
+    derivative by a count is what the last pulse has added; that by a count of 0 is what a
+    first pulse would add, so that training learns of it too. Counts are of one direction, and
+    a negative one makes its device NaN, so that it cannot pass unseen."""
+    counts = jnp.where(counts < 0, jnp.nan, counts)
+
+    def fire_one(xbar, inputs):
+        key, n_fired = inputs
+        counted = ~(n_fired >= jnp.maximum(counts, 1.0))
+        amount = jnp.where(counted, clip(counts - n_fired, 0.0, 1.0), 0.0)
+        return pulse(key, device, xbar, amount, t), amount
+
+    keys = jax.random.split(key, n_most)
+    xbar, fired = jax.lax.scan(fire_one, xbar, (keys, jnp.arange(float(n_most))))
+    return xbar, jnp.sum(fired, 0)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
 """A network of leaky integrate-and-fire (LIF) neurons whose weights are read from crossbars.
 
-    u0 = input converter(x), held for all T steps         x in [−5, 5], 2^dac_bits levels
-    v0 ← α v0 + [u0, 2]·W0 − z0,  z0 = H(v0 − 1)          layer 0: membranes and spikes
-    v1 ← α v1 + [z0, 1]·W1 − z1,  z1 = H(v1 − 1)          layer 1
-    e  ← κ e + gain·z1                                    trace of the spikes
-    ŷ  = e·W2                                             leaky-integrator readout, linear in W2
+    u0 = the input, held for all T steps of a presentation
+    v0 ← α v0 + drive·[u0, 2]·W0 − z0,  z0 = H(v0 − 1)    layer 0: membranes and spikes
+    v1 ← α v1 + [z0, 1]·W1 − z1,        z1 = H(v1 − 1)    layer 1
+    e  ← κ e + gain·z1                                    traces of the spikes
+    ŷ  = e(T)·W2                                          readout, read once, at the end
 
-A spike resets its membrane by subtraction. The input drives several rows of its crossbar, and the
-bias of layer 0 as many: each weight W0 is a mean over them, which lessens read noise, the spread of
-drift and the error of programming. The last row of a later crossbar is its bias. Drift compensation
-scales the weights of a hidden neuron by one number, Σ G that its devices were programmed to over
-Σ G in the present read, whose currents are summed before the converter clips them. Hidden activity
-depends on the input's level and on the chip, never on the task, so it is simulated once per level.
-To draw the network at work, run this file.
+Membranes and traces start each presentation at rest: this assumes that a chip discharges them
+before it. A spike resets its membrane by subtraction. Each input drives several rows of its
+crossbar, and the bias of layer 0 as many: each weight W0 is a mean over them, which lessens read
+noise, the spread of drift and the error of programming. The last row of a later crossbar is its
+bias.
+
+Drift compensation scales the weights of a crossbar by one number: Σ G when it was written, over Σ G
+in the present read, whose currents are summed before the converter clips them. Σ G of a crossbar
+that was programmed is that of its targets, which takes no read. That of a readout that was pulsed
+is a read t_verify after the last pulse.
+
+Hidden activity depends on the input and on the chip, never on the task. So a read of the hidden
+crossbars is simulated once for a pool of inputs, and tasks look theirs up. To draw the network at
+work, run this file.
 """
 
 from functools import partial
@@ -38,21 +45,19 @@ READOUT_START = 0.4 / 11.9
 
 
 class Network(NamedTuple):
-    """One value per crossbar: conductances [2, rows, cols], crossbars or weights [rows,
-    cols]."""
+    """One value per crossbar: conductances [2, rows, cols], tiles or weights [rows, cols]."""
 
-    # layer by layer, [2, inputs + 1, neurons]; the first [2, 2·n_rows, neurons], one half of
-    # the rows for the input and one for the bias
+    # layer by layer, [2, inputs + 1, neurons]; in the first each input and the bias, which is the
+    # last, have n_rows rows: [2, (n_in + 1)·n_rows, neurons]
     hidden: tuple
-    readout: Any  # [2, neurons of the last layer, 1]
+    readout: Any  # [2, neurons of the last layer, outputs]
 
 
-class Chip(NamedTuple):
-    """A deployed network."""
+class Tile(NamedTuple):
+    """A crossbar and what its drift is compensated by. A chip is a Network of tiles."""
 
-    xbars: Network  # of analog.Crossbar
-    # Σ G (µS) that the devices of each hidden neuron were programmed to, for drift compensation
-    reference: tuple
+    xbar: analog.Crossbar
+    reference: jax.Array  # µS, Σ G when it was written
 
 
 class Activity(NamedTuple):
@@ -65,6 +70,7 @@ class Activity(NamedTuple):
 class Dynamics(NamedTuple):
     """Constants of neurons and traces."""
 
+    drive: float  # what a weight of 1 adds to a membrane of layer 0 under an input of 1
     layers: tuple  # of Lif
     kappa: float  # factor by which a trace decays in one time step
     gain: float  # what one spike adds to its trace
@@ -113,7 +119,7 @@ def lif_step(lif, neurons, drive):
     return Neurons(v, spike(v - THRESHOLD))
 
 
-# ---- network -------------------------------------------------------------------------------------
+# ---- presentation --------------------------------------------------------------------------------
 
 
 def level(n_bits, x):
@@ -133,113 +139,118 @@ def level_centres(n_bits):
     return low + cell * jnp.arange(0.5, n_levels)
 
 
-def step(dynamics, hidden, u, activity):
-    """Activity one time step later, with hidden weights, a tuple of [inputs + 1, neurons],
-    and the inputs u [L]."""
-    signal = u[:, None]
-    layers = []
-    for lif, w, neurons in zip(dynamics.layers, hidden, activity.layers, strict=True):
-        drive = signal @ w[:-1] + w[-1]  # [L, neurons]
-        neurons = lif_step(lif, neurons, drive)
+def held_current(drive, w, u):
+    """What inputs u [L, n_in] and the bias add to the membranes of layer 0 in each time step
+    [L, neurons], of the weights w [(n_in + 1)·n_rows, neurons] of all rows."""
+    n_in = u.shape[1]
+    mean = jnp.mean(w.reshape(n_in + 1, -1, w.shape[1]), 1)  # [n_in + 1, neurons]
+    return drive * (u @ mean[:-1] + BIAS * mean[-1])
+
+
+def step(dynamics, held, later, activity):
+    """Activity one time step later, with the weights [inputs + 1, neurons] of later layers; held
+    [L, neurons] is what the inputs add to layer 0."""
+    current, layers = held, []
+    for lif, neurons, w in zip(dynamics.layers, activity.layers, (*later, None), strict=True):
+        neurons = lif_step(lif, neurons, current)
         layers.append(neurons)
-        signal = neurons.z
-    e = dynamics.kappa * activity.e + dynamics.gain * signal
+        if w is not None:
+            current = neurons.z @ w[:-1] + w[-1]  # [L, neurons of the next layer]
+    e = dynamics.kappa * activity.e + dynamics.gain * neurons.z
     return Activity(tuple(layers), e)
 
 
-def simulate(dynamics, hidden, u):
-    """Activity over time [T, ...], from rest, of the network with hidden weights under the
-    inputs u [L]. On an accelerator ten time steps are unrolled, as each is short there."""
+def present(dynamics, hidden, u):
+    """Activity over time [T, ...], from rest, of the network with hidden weights, a tuple of [rows,
+    neurons], as each of the inputs u [L, n_in] is held for a presentation. On an accelerator ten
+    time steps are unrolled, as each is short there."""
+    first, *later = hidden
+    held = held_current(dynamics.drive, first, u)
 
     def both(activity, _):
-        activity = step(dynamics, hidden, u, activity)
+        activity = step(dynamics, held, later, activity)
         return activity, activity
 
     layers = tuple(at_rest((len(u), w.shape[1])) for w in hidden)
     rest = Activity(layers, jnp.zeros_like(layers[-1].z))
     unroll = 1 if jax.default_backend() == "cpu" else 10
-    _, states = jax.lax.scan(both, rest, length=N_STEPS, unroll=unroll)
-    return states
+    return jax.lax.scan(both, rest, length=N_STEPS, unroll=unroll)[1]
 
 
 def rates(activity):
-    """Mean firing rate (Hz) of each layer for each input, [L, layers], of an activity over
-    time."""
-    shares = [jnp.mean(neurons.z, (0, 2)) for neurons in activity.layers]
-    return jnp.stack(shares, 1) / DT
+    """Firing rate (Hz) of each neuron, a mean over the inputs, of an activity over time: a tuple
+    of [neurons]."""
+    return tuple(jnp.mean(neurons.z, (0, 1)) / DT for neurons in activity.layers)
 
 
-def each(f, key, device, xs, *rest):
-    """[f(key, device, x, *rest)] of every x of xs, each with a key of its own."""
-    keys = jax.random.split(key, len(xs))
-    pairs = zip(keys, xs, strict=True)
-    return [f(key, device, x, *rest) for key, x in pairs]
+# ---- chips ---------------------------------------------------------------------------------------
 
 
-def column_sums(device, g):
-    """Σ G (µS) of the devices of each neuron [neurons], of g [2, rows, neurons]; at least a
-    thousandth of the range, as a column may read as 0."""
-    total = jnp.sum(g, (0, 1))
-    return jnp.maximum(total, 1e-3 * analog.span(device))
+def total(device, g):
+    """Σ G (µS) of a crossbar's devices g [2, rows, cols]; at least a thousandth of the range, as
+    all of them may read as 0."""
+    return jnp.maximum(jnp.sum(g), 1e-3 * analog.span(device))
+
+
+def each(f, key, device, network, *rest):
+    """Network of f(key, device, value, *rest) of every value of a network, each with a key of its
+    own."""
+    *hidden_keys, readout_key = jax.random.split(key, len(network.hidden) + 1)
+    pairs = zip(hidden_keys, network.hidden, strict=True)
+    hidden = tuple(f(key, device, value, *rest) for key, value in pairs)
+    return Network(hidden, f(readout_key, device, network.readout, *rest))
 
 
 def assemble(key, device, make, g):
-    """Chip of the conductances g (µS), a Network of [2, rows, cols]; make(key, device, g)
-    makes a crossbar."""
-    hidden_key, readout_key = jax.random.split(key)
-    hidden = tuple(each(make, hidden_key, device, g.hidden))
-    readout = make(readout_key, device, g.readout)
-    reference = tuple(column_sums(device, target) for target in g.hidden)
-    xbars = Network(hidden, readout)
-    return Chip(xbars, reference)
+    """Chip of the conductances g (µS), a Network of [2, rows, cols]; make(key, device, g) makes a
+    crossbar."""
+
+    def tile(key, device, target):
+        return Tile(make(key, device, target), total(device, target))
+
+    return each(tile, key, device, g)
 
 
-def mean_over_rows(w):
-    """What the input 1 and the bias add to each neuron [2, neurons], of the weights of all
-    rows [2·n_rows, neurons]."""
-    of_input, of_bias = jnp.split(w, 2)
-    from_input = jnp.mean(of_input, 0)
-    from_bias = BIAS * jnp.mean(of_bias, 0)
-    return jnp.stack([from_input, from_bias])
+def later(chip, seconds):
+    """The chip on a clock that starts that many seconds later, so that float32 keeps the times of
+    an old chip's fresh pulses."""
+
+    def move(tile):
+        return tile._replace(xbar=analog.later(tile.xbar, seconds))
+
+    hidden = tuple(move(tile) for tile in chip.hidden)
+    return Network(hidden, move(chip.readout))
 
 
-def read_hidden(key, device, chip, t, compensate):
-    """Weights of each hidden layer, a tuple of [inputs + 1, neurons], from one read at time t
-    (s), scaled back by their references if compensate."""
-
-    def weights(g, reference):
-        w = analog.weights(device, analog.convert(device, g))
-        if not compensate:
-            return w
-        return w * reference / column_sums(device, g)
-
-    reads = each(analog.measure, key, device, chip.xbars.hidden, t)
-    first, *later = map(weights, reads, chip.reference)
-    return mean_over_rows(first), *later
+def read(key, device, tile, t, compensate):
+    """Weights [rows, cols] of a tile from one read at time t (s), scaled back by its reference if
+    compensate."""
+    g = analog.measure(key, device, tile.xbar, t)
+    w = analog.weights(device, analog.convert(device, g))
+    if not compensate:
+        return w
+    return w * (tile.reference / total(device, g))
 
 
-def read_readout(key, device, readout, t):
-    """Weights [neurons] of the readout from one read at time t (s)."""
-    g = analog.read(key, device, readout, t)
-    return analog.weights(device, g)[:, 0]
+def refer(key, device, xbar, t):
+    """Tile of a crossbar that was pulsed, its reference a read at time t (s)."""
+    return Tile(xbar, total(device, analog.measure(key, device, xbar, t)))
 
 
-def start(key, device, sizes, n_rows):
-    """Conductances (µS), a Network, at the start of meta-training; sizes are the neurons of
-    each hidden layer, n_rows the rows of the input."""
+def start(key, device, sizes, n_in, n_out, n_rows):
+    """Conductances (µS), a Network, at the start of meta-training; sizes are the neurons of each
+    hidden layer, n_rows the rows of an input."""
     uniform = partial(jax.random.uniform, minval=-1.0, maxval=1.0)
     first, *keys = jax.random.split(key, len(sizes))
-    of_layer_0 = uniform(first, (2, sizes[0]))
-    w = [jnp.repeat(of_layer_0, n_rows, 0)]
-    for key, n_in, n_out in zip(keys, sizes[:-1], sizes[1:], strict=True):
-        bound = (6 / (n_in + n_out)) ** 0.5
-        inner = bound * uniform(key, (n_in, n_out))
-        bias = jnp.zeros((1, n_out))
-        w.append(jnp.concatenate([inner, bias]))
+    of_inputs = min(1.0, 4 / n_in**0.5) * uniform(first, (n_in + 1, sizes[0]))
+    w = [jnp.repeat(of_inputs, n_rows, 0)]
+    for key, n_before, n in zip(keys, sizes[:-1], sizes[1:], strict=True):
+        bound = (6 / (n_before + n)) ** 0.5
+        inner = bound * uniform(key, (n_before, n))
+        w.append(jnp.concatenate([inner, jnp.zeros((1, n))]))
     hidden = tuple(analog.conductances(device, layer) for layer in w)
     lowest = device.g_min + READOUT_START * analog.span(device)
-    readout = jnp.full((2, sizes[-1], 1), lowest, float)
-    return Network(hidden, readout)
+    return Network(hidden, jnp.full((2, sizes[-1], n_out), lowest, float))
 
 
 # ---- figure --------------------------------------------------------------------------------------

@@ -1,21 +1,17 @@
 """Meta-train a spiking network so that a few noisy pulses teach it a new task, and test it.
 
-    deploy        look: read        pulse(s)            meta-training query     meta-test
-    t = 0 s       tread = 100 s     tprog = 101 s       tprog + twait = 151 s   ttest = 251 s
-                                    (+ tlook per further look)
+    deploy a chip, whose programming ends at its time 0
+    at tread and every tlook after, n_inner times:            a look
+        show the samples of the task, read all crossbars
+        g = gradient of the samples' squared error by the readout's weights (the delta rule)
+        fire pulses where g passes thresholds θ
+    at ttest: the error over all inputs                       the query
 
-Inner loop, on the chip: the delta rule on the readout. Each synapse is pulsed up, down or not at
-all, as its gradient passes the synapse's threshold θ. Outer loop, offline: Adam on the conductances
-that chips are programmed to and on the thresholds, through reads, drift and pulses (MAML: Finn,
-Abbeel, Levine, ICML 2017).
+    meta-training: draw devices, tasks, an age and a wait before the query; move the conductances
+        that chips are programmed to, and θ, against the gradient of the query's error
+        through reads, drift and pulses (MAML: Finn, Abbeel, Levine, ICML 2017), by Adam
 
-The readout is linear in the traces e [T, L, H] of a read, so the squared error of weights w is
-
-    wᵀ S w − 2 b·w + c,    S = Σ_l p_l mean_t e eᵀ,    b = Σ_l p_l ȳ_l mean_t e,    c = mean of y²,
-
-with the share p_l of the samples whose input has level l, and their mean target ȳ_l. For the
-support, the samples that the chip sees, the gradient of this quadratic is the delta rule. With all
-levels alike it is the loss of the query.
+Within an adaptation, times count from its first read.
 """
 
 import argparse
@@ -33,8 +29,8 @@ import sys
 import time
 import uuid
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections import defaultdict
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -51,131 +47,97 @@ from img import figures
 
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
 LR_THETA = 0.1  # step of the optimizer for ln θ
-MOST_NORM = 3.0  # of an outer gradient, squared error per range of a conductance
+MAX_GRAD_NORM = 0.3  # of the outer loss, per range of a conductance and per ln θ
+DAY = 86400.0  # s
+TINY = 1e-20  # below any gradient
 
 
 # ---- settings ------------------------------------------------------------------------------------
 
-COUNT = 0, 2**31 - 1
-SIZE = 1, 2**20
-NEURONS = 1, 2**12
-DECAY = 1e-4, 1.0  # s
-TIME = 1e-3, 1e7  # s; beyond, float32 loses whole seconds
 
-
-def setting(default, help, bounds=None):
-    """A setting of the command line; bounds are its lowest and its highest value."""
-    return dataclasses.field(default=default, metadata={"bounds": bounds, "help": help})
+def setting(default, help, least=0.0, choices=None):
+    """A setting of the command line; least is its lowest value."""
+    said = {"help": help, "least": least, "choices": choices}
+    return dataclasses.field(default=default, metadata=said)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run, and of the command line."""
 
-    seed: int = setting(0, "seed of every random draw", (0, 2**32 - 1))
-    n_iter: int = setting(4000, "meta-iterations", COUNT)
+    seed: int = setting(0, "seed of every random draw")
+    n_iter: int = setting(1000, "meta-iterations")
     device: str = setting(
-        "pcm",
-        f"{', '.join(analog.DEVICES)} or a JSON file; several, by commas, are trained together",
+        "pcm,pcm_history",
+        f"{', '.join(analog.DEVICES)} or JSON files; several, by commas, are trained together",
     )
     tasks: str = setting("sinusoids", "family of tasks")
     rule: str = setting("comparators", "how a gradient becomes pulses")
-    optimizer: str = setting("adam", "optimizer of the outer loop")
-    n_inner: int = setting(
-        1, "looks: times that a new task is read and pulsed", (1, 16)
-    )
+    n_inner: int = setting(8, "looks: times that a new task is read and pulsed", 1)
     n_bits: int = setting(
         2,
         "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and look",
-        (2, 8),
+        choices=range(2, 9),
     )
     grad_thr: float = setting(
-        1.0, "thresholds at the start, squared error per unit of weight", (1e-6, 1e6)
+        0.1, "thresholds at the start, share of the rms of the first look's gradient", 1e-6
     )
     shared_thr: bool = setting(False, "one threshold for all synapses of a look")
-    task_size: int = setting(20, "support samples of a task", SIZE)
+    task_size: int = setting(20, "support samples of a task", 1)
     batch_train: int = setting(
-        256, "tasks per chip and meta-iteration; several devices share them", SIZE
+        128, "tasks per meta-iteration, shared out among devices; each chip of one has them all", 1
     )
-    n_chips: int = setting(1, "chips of each device per meta-iteration", SIZE)
-    batch_test: int = setting(
-        1024, "tasks of the meta-test, each on a chip of its own", (4, 2**20)
-    )
+    n_chips: int = setting(1, "chips of each device per meta-iteration", 1)
+    batch_test: int = setting(512, "tasks of the meta-test, each on a chip of its own", 1)
     n_rows: int = setting(
-        16,
-        "rows of layer 0 for the input, and as many for the bias; a weight is their mean",
-        NEURONS,
+        16, "rows of layer 0 for each input and for the bias; a weight is their mean", 1
     )
-    n_h0: int = setting(40, "neurons of layer 0", NEURONS)
-    n_h1: int = setting(40, "neurons of layer 1", NEURONS)
-    dac_bits: int = setting(6, "bits of the input converter", (1, 12))
-    tau_mem: float = setting(0.01, "time constant of the membranes, s", DECAY)
-    tau_out: float = setting(0.002, "time constant of the readout, s", DECAY)
-    gain_out: float = setting(1.0, "what one spike adds to its trace", (1e-3, 1e3))
-    compensate: bool = setting(True, "drift compensation of the hidden neurons")
+    n_h0: int = setting(64, "neurons of layer 0", 1)
+    n_h1: int = setting(128, "neurons of layer 1", 1)
+    dac_bits: int = setting(6, "bits of the input converter", choices=range(1, 13))
+    drive: float = setting(0.2, "what a weight of 1 adds to a membrane under an input of 1", 1e-6)
+    tau_mem: float = setting(0.03, "time constant of the membranes, s", 1e-4)
+    tau_out: float = setting(0.1, "time constant of the traces, s", 1e-4)
+    gain_out: float = setting(0.03, "what one spike adds to its trace", 1e-6)
+    compensate: bool = setting(True, "drift compensation of all crossbars")
     lr_out: float = setting(
-        0.0084,
-        "step of the optimizer for conductances, share of the device's range",
-        (1e-6, 1.0),
+        0.0063, "step of the optimizer for conductances, share of the device's range", 1e-6
     )
-    lr_drop: int = setting(
-        None,
-        "iteration from which steps are divided by 10 (default: 60 %% of the n_iter at the start)",
-        COUNT,
-    )
+    lr_drop: int = setting(500, "iteration from which steps are divided by 10")
     off_noise: float = setting(
         None,
-        "programming error in meta-training, share of g_max "
+        "std of the programming error in meta-training, share of g_max "
         "(default: what analog.program leaves)",
-        (0, 1),
     )
     target_fr: float = setting(
-        200.0, "target firing rate, Hz; without effect at lambda_fr 0", (0, 1000)
+        50.0, "target of each layer's mean firing rate, Hz; without effect at lambda_fr 0"
     )
     lambda_fr: float = setting(
-        0.0,
-        "weight of Σ_layers ((target_fr − rate)/100 Hz)² in the outer loss",
-        (0, 1e38),
+        0.15, "weight of Σ_layers ((rate − target_fr)/100 Hz)² in the outer loss"
     )
-    tread: float = setting(100.0, "first read of a new task, s since deployment", TIME)
-    tprog: float = setting(101.0, "its first pulse, s", TIME)
-    tlook: float = setting(1.0, "from one look to the next, s", TIME)
-    twait: float = setting(50.0, "from tprog to the query in meta-training, s", TIME)
+    tread: float = setting(100.0, "first read of a new task, s since a chip was programmed", 1.0)
+    tprog: float = setting(
+        None, "its first pulse, s (default: as soon as the samples have been shown)", 1.0
+    )
+    tlook: float = setting(
+        None, "from one look to the next, s (default: 20, or as soon as samples allow)", 1e-3
+    )
+    twait: float = setting(10.0, "shortest wait from the last pulse to the query, s", 1.0)
+    max_rest: float = setting(
+        1e6, "longest such wait in meta-training, s: log-uniform, twait to this", 1.0
+    )
     max_age: float = setting(
-        1e5,
-        "age of a chip at its first read in meta-training, s: log-uniform, tread to this",
-        TIME,
+        1e7, "age of a chip at its first read in meta-training, s: log-uniform, tread to this", 1.0
     )
-    ttest: float = setting(251.0, "query of the meta-test, s since deployment", TIME)
+    ttest: float = setting(
+        None, "query of the meta-test, s since a chip was programmed (default: after twait)", 1.0
+    )
 
 
 # Settings that belong together; a flag given beside --preset wins.
-WIDE = {"n_h1": 128, "twait": 150.0, "batch_train": 128}
-CHIP = {
-    "device": "pcm,pcm_history",
-    "n_inner": 8,
-    "tlook": 20.0,  # a fresh pulse drifts most in its first seconds
-    "batch_train": 128,
-    "twait": 150.0,
-    "max_age": 1e7,
-}
 PRESETS = {
-    # more synapses at the readout, one look
-    "wide": {**WIDE, "gain_out": 0.5, "n_iter": 1500},
-    # four looks at the error instead of one
-    "four_looks": {"n_inner": 4, "gain_out": 0.7, "twait": 150.0},
-    # what one would put on a real chip: eight looks, trained on two pulse laws
-    "chip": {**CHIP, "gain_out": 0.35, "n_iter": 2000},
-    # less error with more neurons and 3 bits
-    "chip_wide": {
-        **CHIP,
-        **WIDE,
-        "n_bits": 3,
-        "n_h0": 64,
-        "gain_out": 0.15,
-        "lr_out": 0.0042,
-        "n_iter": 1600,
-    },
+    # the classic single step
+    "one_look": {"device": "pcm", "n_inner": 1, "gain_out": 0.06, "n_iter": 1500},
 }
 
 
@@ -199,108 +161,103 @@ class Sinusoid(NamedTuple):
         return self.amplitude * jnp.sin(x + self.phase)
 
 
-# Families of tasks: any function of one input that can be drawn.
-TASKS = {"sinusoids": Sinusoid}
+# Functions of one input that can be drawn.
+FUNCTIONS = {"sinusoids": Sinusoid}
 
 
-class Support(NamedTuple):
-    """The samples of a task that the chip sees, summed by the level of their input."""
+class Samples(NamedTuple):
+    """Samples of a task, summed by their input, one of the L of a pool."""
 
-    share: jax.Array  # [L], p_l
-    y: jax.Array  # [L], p_l ȳ_l, which is weighted by the share; that of a query is not
-
-
-class Query(NamedTuple):
-    """A task over the whole input range, all levels alike."""
-
-    y: jax.Array  # [L], ȳ_l
-    y2: jax.Array  # mean of y²
+    share: jax.Array  # [L], p_l, share of the samples that have input l
+    y: jax.Array  # [L, n_out], p_l ȳ_l, with the mean target ȳ_l of these
+    y2: jax.Array  # mean over the samples of y², summed over outputs
 
 
-class Trial(NamedTuple):
+class Task(NamedTuple):
     """A task to be learned."""
 
+    support: Samples  # what the chip sees
+    query: Samples  # what it is asked
     x: jax.Array  # [task_size], inputs of the support
     y: jax.Array  # [task_size], its targets
-    support: Support
-    query: Query
 
 
-def support_of(cfg, x, y):
-    """Support of the samples x, y [N]."""
-    level = network.level(cfg.dac_bits, x)
-    at_level = jax.nn.one_hot(level, 2**cfg.dac_bits) / len(x)  # [N, L]
-    return Support(jnp.sum(at_level, 0), y @ at_level)
+class OfOneInput(NamedTuple):
+    """A family of tasks y = f(x), x through the input converter. The pool has all its levels, and
+    the query the whole range, all levels alike."""
+
+    function: type  # one of FUNCTIONS
+    dac_bits: int
+    task_size: int
+    n_in = n_out = 1
+
+    def pool(self, key):
+        """Inputs [L, n_in] of a pool."""
+        return network.level_centres(self.dac_bits)[:, None]
+
+    def task(self, key):
+        """A task, its support uniform over the converter's span."""
+        function_key, x_key = jax.random.split(key)
+        function = self.function.draw(function_key)
+        low, high = network.X_RANGE
+        x = jax.random.uniform(x_key, (self.task_size,), minval=low, maxval=high)
+        # Several inputs in each level's cell, so that the converter's own error counts.
+        asked = network.level_centres(max(self.dac_bits + 1, 8))
+        y = function.target(x)
+        return Task(self.sum_up(x, y), self.sum_up(asked, function.target(asked)), x, y)
+
+    def sum_up(self, x, y):
+        """Samples of the inputs x and targets y [N]."""
+        level = network.level(self.dac_bits, x)
+        at_level = jax.nn.one_hot(level, 2**self.dac_bits) / len(x)  # [N, L]
+        return Samples(jnp.sum(at_level, 0), (y @ at_level)[:, None], jnp.mean(y**2))
 
 
-def query_of(cfg, task):
-    """Query of a task: several inputs in each level's cell, so that the converter's own
-    error counts."""
-    x = network.level_centres(max(cfg.dac_bits + 1, 8))
-    y = task.target(x).reshape(2**cfg.dac_bits, -1)
-    return Query(jnp.mean(y, 1), jnp.mean(y**2))
+def family_of(cfg):
+    """The family of tasks of the settings."""
+    return OfOneInput(FUNCTIONS[cfg.tasks], cfg.dac_bits, cfg.task_size)
 
 
-def draw_trial(key, cfg):
-    """Trial of a new task, its support uniform over the converter's span."""
-    task_key, x_key = jax.random.split(key)
-    task = TASKS[cfg.tasks].draw(task_key)
-    low, high = network.X_RANGE
-    x = jax.random.uniform(x_key, (cfg.task_size,), minval=low, maxval=high)
-    y = task.target(x)
-    return Trial(x, y, support_of(cfg, x, y), query_of(cfg, task))
+# ---- a look --------------------------------------------------------------------------------------
 
 
-# ---- the quadratic -------------------------------------------------------------------------------
+def delta_rule(e, w, samples):
+    """Gradient [H, n_out] of the samples' squared error by the weights w [H, n_out], of traces
+    e [L, H]."""
+    y = e @ w  # [L, n_out]
+    return 2 * e.T @ (samples.share[:, None] * y - samples.y)
 
 
-class Moments(NamedTuple):
-    """Means over time of the traces of one read."""
-
-    second: jax.Array  # [L, H, H], of e eᵀ
-    first: jax.Array  # [L, H], of e
-
-
-def moments_of(e):
-    """Moments of traces e [T, L, H]."""
-    second = jnp.einsum("tlh,tlk->lhk", e, e) / len(e)
-    return Moments(second, jnp.mean(e, 0))
+def squared_error(e, w, samples):
+    """Squared error, mean over the samples and summed over outputs, of weights w [H, n_out] and
+    traces e [L, H]."""
+    y = e @ w  # [L, n_out]
+    return jnp.sum(samples.share[:, None] * y**2 - 2 * samples.y * y) + samples.y2
 
 
-def residual(moments, support, w):
-    """S w − b [H] of weights w [H]: half the gradient of the support's squared error. The
-    product with w comes first, which tasks share as long as they share w."""
-    s_w = support.share @ (moments.second @ w)
-    return s_w - support.y @ moments.first
+def max_pulses(cfg):
+    """The largest number of pulses of one device in one look."""
+    return 2 ** (cfg.n_bits - 1) - 1
 
 
-def squared_error(moments, query, w):
-    """wᵀ S w − 2 b·w + c of weights w [H] over the whole range, whose S all tasks share."""
-    s_w = jnp.mean(moments.second, 0) @ w
-    b = query.y @ moments.first / len(query.y)
-    return w @ (s_w - 2 * b) + query.y2
+def comparators(key, cfg, gradient, theta):
+    """Pulses [2, H, n_out] on G+ and G−, Σ_j H(∓g − jθ), for the gradient g [H, n_out] and
+    thresholds θ, one for each synapse or for all. The surrogate of H is as wide as the rms of g, so
+    that targets of any scale learn alike."""
+    width = jax.lax.stop_gradient(jnp.sqrt(jnp.mean(gradient**2)))
+    wanted = jnp.stack([-gradient, gradient])
+    j = jnp.arange(1.0, max_pulses(cfg) + 1)[:, None, None, None]
+    return jnp.sum(network.spike((wanted - j * theta) / jnp.maximum(width, TINY)), 0)
 
 
-# ---- parallelism: chips over cores, accelerators and hosts; levels over those that share a chip --
+# Functions of (key, cfg, gradient, theta), to pulses [2, H, n_out].
+RULES = {"comparators": comparators}
+
+
+# ---- parallelism: chips over cores, accelerators and hosts ---------------------------------------
 
 P = jax.sharding.PartitionSpec
-BATCH = 64  # chips or looks that an accelerator takes at a time
-
-
-def on_levels(f, w, u):
-    """f(w, u) of the levels u [L], whose results all have an axis of levels first. The
-    levels are shared out over those of JAX's devices that share a chip, if they can be."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shared = "levels" in mesh.auto_axes
-    if not shared or len(u) % mesh.shape["levels"]:
-        return f(w, u)
-    return jax.shard_map(
-        f,
-        in_specs=(P(), P("levels")),
-        out_specs=P("levels"),
-        axis_names={"levels"},
-        check_vma=False,
-    )(w, u)
+BATCH = 64  # chips that an accelerator takes at a time
 
 
 def in_turn(f, x):
@@ -310,31 +267,51 @@ def in_turn(f, x):
     return jax.lax.map(f, x, batch_size=batch_size)
 
 
-def on_chips(f, keys, meta):
-    """f(key, meta) of every key's own chip, stacked."""
-
-    def here(keys, meta):
-        return in_turn(lambda key: f(key, meta), keys)
-
-    n_chips = math.gcd(len(keys), jax.device_count())
-    places = np.array(jax.devices()).reshape(n_chips, -1)
-    mesh = jax.sharding.Mesh(places, ("chips", "levels"))
-    # Where several devices have chips of their own, no levels are shared. XLA compiles
-    # faster when it knows.
-    apart = 1 < n_chips == jax.device_count()
-    stacked = jax.shard_map(
-        here,
-        mesh=mesh,
-        in_specs=(P("chips"), P()),
-        out_specs=P("chips"),
-        axis_names={"chips", "levels"} if apart else {"chips"},
-        check_vma=False,
-    )(keys, meta)
-    everywhere = jax.sharding.NamedSharding(mesh, P())
-    return jax.lax.with_sharding_constraint(stacked, everywhere)
+def places_for(*numbers):
+    """The largest number of JAX's devices that each of these numbers of chips can be shared out to
+    evenly. All that one compiled program runs has to use the same, and several hosts use all."""
+    n_all = jax.device_count()
+    found = next(k for k in range(n_all, 0, -1) if not any(n % k for n in numbers))
+    if jax.process_count() > 1 and found < n_all:
+        what = f"several hosts need a multiple of {n_all} chips: --n_chips, --batch_test"
+        raise Refused(what)
+    return found
 
 
-# ---- reads of a chip -----------------------------------------------------------------------------
+def on_chips(f, xs, meta, n_places):
+    """f(x, meta) of every x of xs [chips, ...], stacked, on so many of JAX's devices."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:n_places]), ("chips",))
+
+    def here(xs, meta):
+        return in_turn(lambda x: f(x, meta), xs)
+
+    return jax.shard_map(
+        here, mesh=mesh, in_specs=(P("chips"), P()), out_specs=P("chips"), check_vma=False
+    )(xs, meta)
+
+
+# ---- inner loop: a chip adapts to a task ---------------------------------------------------------
+
+
+class Meta(NamedTuple):
+    """The meta-parameters."""
+
+    g: network.Network  # µS, the conductances that chips are programmed to
+    # [n_inner, H, n_out], ln of the thresholds; [n_inner, 1, 1] where synapses share one
+    log_theta: jax.Array
+
+
+class Times(NamedTuple):
+    """When things happen in an adaptation, in s since its first read."""
+
+    reads: jax.Array  # [n_inner], of all crossbars
+    pulses: jax.Array  # [n_inner]
+
+
+def times_of(cfg):
+    """Times of an adaptation."""
+    reads = cfg.tlook * jnp.arange(float(cfg.n_inner))
+    return Times(reads, reads + (cfg.tprog - cfg.tread))
 
 
 def sizes_of(cfg):
@@ -346,308 +323,294 @@ def dynamics_of(cfg):
     """Constants of the neurons."""
     lif = network.Lif(math.exp(-network.DT / cfg.tau_mem))
     kappa = math.exp(-network.DT / cfg.tau_out)
-    return network.Dynamics((lif,) * len(sizes_of(cfg)), kappa, cfg.gain_out)
+    layers = (lif,) * len(sizes_of(cfg))
+    return network.Dynamics(cfg.drive, layers, kappa, cfg.gain_out)
 
 
 class Seen(NamedTuple):
-    """What a read of the hidden crossbars shows."""
+    """What a presentation of a pool of inputs shows."""
 
-    moments: Moments
-    last: Moments  # of the last time step alone
-    rates: jax.Array  # Hz, of each layer
-
-
-def observe(key, cfg, device, chip, t):
-    """Seen of one read of a chip at time t (s)."""
-    w = network.read_hidden(key, device, chip, t, cfg.compensate)
-
-    def simulate(w, u):
-        activity = network.simulate(dynamics_of(cfg), w, u)
-        e = activity.e
-        return moments_of(e), moments_of(e[-1:]), network.rates(activity)
-
-    u = network.level_centres(cfg.dac_bits)
-    moments, last, rates = on_levels(simulate, w, u)
-    return Seen(moments, last, jnp.mean(rates, 0))
+    e: jax.Array  # [L, H], traces at its end
+    rates: tuple  # Hz, of the neurons of each layer
 
 
-# ---- inner loop: a chip adapts to a task ---------------------------------------------------------
+def observe(key, cfg, device, chip, u, t):
+    """Seen of a chip that is read at time t (s), under the inputs u [L, n_in]."""
+    w = network.each(network.read, key, device, chip, t, cfg.compensate)
+    activity = network.present(dynamics_of(cfg), w.hidden, u)
+    return Seen(activity.e[-1], network.rates(activity))
 
 
-class Times(NamedTuple):
-    """When things happen, in s since deployment."""
-
-    # [n_inner], of the hidden crossbars; [1] where one read serves all looks. The first is
-    # also that of the readout in the first look.
-    reads: jax.Array
-    pulses: jax.Array  # [n_inner], of the looks
-    query: jax.Array
-
-
-def times_of(cfg, age, wait):
-    """Times of an adaptation that starts at age (s), with the query wait (s) after its
-    first pulse."""
-    first = age + (cfg.tprog - cfg.tread)
-    pulses = first + cfg.tlook * jnp.arange(float(cfg.n_inner))
-    # the first look reads at age and pulses later; further looks do both at once
-    reads = pulses.at[0].set(age)
-    return Times(reads, pulses, first + wait)
+def look(key, cfg, device, readout, e, support, log_theta, read_at, pulse_at):
+    """The readout, a crossbar, after one look at traces e [L, H], read and pulsed at these times
+    (s); and the pulses [2, H, n_out]. What drift has left of the weights counts here, so they are
+    read as they are."""
+    read_key, rule_key, pulse_key = jax.random.split(key, 3)
+    w = analog.weights(device, analog.read(read_key, device, readout, read_at))
+    gradient = delta_rule(e, w, support)
+    counts = RULES[cfg.rule](rule_key, cfg, gradient, jnp.exp(log_theta))
+    return analog.fire(pulse_key, device, readout, counts, max_pulses(cfg), pulse_at)
 
 
-def times_of_test(cfg, age):
-    """Times of an adaptation that starts at age (s), its query as late as in the meta-test."""
-    return times_of(cfg, age, cfg.ttest - cfg.tprog)
+def adapt(key, meta, cfg, device, readout, e, support, times):
+    """The readout, a crossbar, after each look [n_inner, ...], and the pulses [n_inner, 2, H,
+    n_out], as it learns a task from traces e [n_inner, L, H]."""
+
+    def one(readout, inputs):
+        key, e, *rest = inputs
+        readout, fired = look(key, cfg, device, readout, e, support, *rest)
+        return readout, (readout, fired)
+
+    keys = jax.random.split(key, cfg.n_inner)
+    return jax.lax.scan(one, readout, (keys, e, meta.log_theta, *times))[1]
 
 
-def most_pulses(cfg):
-    """The largest number of pulses of one device in one look."""
-    return 2 ** (cfg.n_bits - 1) - 1
+def adapt_chip(key, meta, cfg, device, chip, u, supports, times, reads):
+    """adapt for each of the supports [tasks, ...], by a copy of the chip's readout; the hidden
+    crossbars are read at times reads (s), [n_inner], or [1] where one read serves all looks."""
+    hidden_key, adapt_key = jax.random.split(key)
+
+    def traces_at(inputs):
+        key, t = inputs
+        return observe(key, cfg, device, chip, u, t).e
+
+    e = in_turn(traces_at, (jax.random.split(hidden_key, len(reads)), reads))
+    e = jnp.broadcast_to(e, (cfg.n_inner, *e.shape[1:]))
+    keys = jax.random.split(adapt_key, len(supports.y2))
+
+    def learn(key, support):
+        return adapt(key, meta, cfg, device, chip.readout.xbar, e, support, times)
+
+    return jax.vmap(learn)(keys, supports)
 
 
-def comparators(key, cfg, gradient, theta):
-    """Pulses [2, H, 1] on G+ and G−, Σ_j H(∓g − jθ), for the gradient g [H] and thresholds
-    θ [H] or [1]."""
-    wanted = jnp.stack([-gradient, gradient])
-    j = jnp.arange(1.0, most_pulses(cfg) + 1)[:, None, None]
-    return jnp.sum(network.spike(wanted - j * theta), 0)[..., None]
+def refer(key, device, xbars, times):
+    """Tiles of readouts xbars [n, ...] that were last pulsed at times [n] (s)."""
+
+    def one(key, xbar, t):
+        return network.refer(key, device, xbar, t + device.t_verify)
+
+    return jax.vmap(one)(jax.random.split(key, len(times)), xbars, times)
 
 
-# Functions of (key, cfg, gradient, theta), to pulses [2, H, 1].
-RULES = {"comparators": comparators}
-
-
-class Looks(NamedTuple):
-    """What the tasks of a chip share: hidden crossbars never change, the readout not before
-    a pulse."""
-
-    # of each read of the hidden crossbars, one or n_inner, stacked along axis 0
-    moments: Moments
-    readout: jax.Array  # [H], weights of the readout in the first look
-
-    def moments_at(self, k):
-        """Moments that look k uses; a single read serves all looks."""
-        return jax.tree.map(lambda x: x[k % len(x)], self.moments)
-
-
-def look_at(key, cfg, device, chip, times):
-    """Looks of a chip."""
+def query_chip(key, cfg, device, chip, readouts, u, t):
+    """Seen at time t (s) of a chip, and weights [n, H, n_out] of readouts, tiles [n, ...]."""
     hidden_key, readout_key = jax.random.split(key)
 
-    def look(inputs):
-        key, t = inputs
-        return observe(key, cfg, device, chip, t).moments
+    def read(key, readout):
+        return network.read(key, device, readout, t, cfg.compensate)
 
-    keys = jax.random.split(hidden_key, len(times.reads))
-    moments = in_turn(look, (keys, times.reads))
-    first = network.read_readout(
-        readout_key, device, chip.xbars.readout, times.reads[0]
-    )
-    return Looks(moments, first)
-
-
-def adapt(key, meta, cfg, device, chip, looks, support, times):
-    """The readouts of a chip after 0, 1, … n_inner looks, a list of crossbars, and the
-    pulses [2, H, 1] of each."""
-    readouts, pulses, w = [chip.xbars.readout], [], looks.readout
-    for k, look_key in enumerate(jax.random.split(key, cfg.n_inner)):
-        read_key, rule_key, pulse_key = jax.random.split(look_key, 3)
-        if k > 0:
-            w = network.read_readout(read_key, device, readouts[k], times.pulses[k])
-        gradient = 2 * residual(looks.moments_at(k), support, w)
-        theta = jnp.exp(meta.log_theta[k])
-        counts = RULES[cfg.rule](rule_key, cfg, gradient, theta)
-        readout, fired = analog.fire(
-            pulse_key, device, readouts[k], counts, most_pulses(cfg), times.pulses[k]
-        )
-        readouts.append(readout)
-        pulses.append(fired)
-    return readouts, pulses
-
-
-class Learned(NamedTuple):
-    """What tasks have done to a chip's readout."""
-
-    trial: Trial
-    readouts: list  # crossbars [2, H, 1] after 0, 1, … n_inner looks
-    pulses: list  # [2, H, 1], of each look
-    w: list  # [H], weights of the readouts in a read at the time of the query
-
-
-def meet(key, meta, cfg, device, make, times, n_tasks):
-    """A new chip, whose crossbars are made by make(key, device, conductances), meets
-    n_tasks new tasks: Seen at the time of the query, and Learned, the tasks along axis 0."""
-    chip_key, look_key, query_key, tasks_key = jax.random.split(key, 4)
-    chip = network.assemble(chip_key, device, make, meta.g)
-    looks = look_at(look_key, cfg, device, chip, times)
-
-    def task(key):
-        trial_key, adapt_key, read_key = jax.random.split(key, 3)
-        trial = draw_trial(trial_key, cfg)
-        readouts, pulses = adapt(
-            adapt_key, meta, cfg, device, chip, looks, trial.support, times
-        )
-        read = network.read_readout
-        w = network.each(read, read_key, device, readouts, times.query)
-        return Learned(trial, readouts, pulses, w)
-
-    seen = observe(query_key, cfg, device, chip, times.query)
-    return seen, jax.vmap(task)(jax.random.split(tasks_key, n_tasks))
+    keys = jax.random.split(readout_key, len(readouts.reference))
+    return observe(hidden_key, cfg, device, chip, u, t), jax.vmap(read)(keys, readouts)
 
 
 # ---- outer loop ----------------------------------------------------------------------------------
 
 
-class Meta(NamedTuple):
-    """The meta-parameters."""
+class Kind(NamedTuple):
+    """What meta-training knows of a device; stacked, every number is [devices]."""
 
-    g: network.Network  # µS, the conductances that chips are programmed to
-    # [n_inner, H], ln of the thresholds; [n_inner, 1] where synapses share one
-    log_theta: jax.Array
+    device: analog.Device
+    table: analog.ProgramTable
+
+
+class Lot(NamedTuple):
+    """The devices that meta-training draws its chips from."""
+
+    kinds: tuple  # of Kind, stacked, one for each family of devices
+    low: float  # µS, the lowest conductance that all of them can be programmed to
+    high: float  # µS, the highest
+    span: float  # µS, the range of a weight
 
 
 class State(NamedTuple):
     """What meta-training carries from one iteration to the next."""
 
     meta: Meta
-    memory: NamedTuple  # of the optimizer, one of OPTIMIZERS
-
-
-def injected(cfg, key, device, g):
-    """Crossbar of conductances g (µS) as meta-training makes it: with the error that
-    programming leaves, as a normal draw."""
-    if cfg.off_noise is None:
-        error_std = analog.error_of_programming(device, g)
-    else:
-        error_std = cfg.off_noise * device.g_max
-    return analog.fabricate(key, device, g, error_std)
-
-
-def meta_loss(key, meta, cfg, device, n_tasks):
-    """Outer loss of one chip and n_tasks tasks, and means of what is measured on the
-    way."""
-    age_key, meet_key = jax.random.split(key)
-    age = cfg.tread * (cfg.max_age / cfg.tread) ** jax.random.uniform(age_key)
-    times = times_of(cfg, age, cfg.twait)
-    # One read of the hidden crossbars serves all looks: their reads differ in noise and a
-    # little drift, and eight looks take half the time.
-    times = times._replace(reads=times.reads[:1])
-    make = partial(injected, cfg)
-    seen, learned = meet(meet_key, meta, cfg, device, make, times, n_tasks)
-    error = jax.vmap(squared_error, (None, 0, 0))
-    loss = jnp.mean(error(seen.moments, learned.trial.query, learned.w[-1]))
-    measured = {
-        "loss": loss,
-        "rates": seen.rates,
-        "pulses": jnp.sum(jnp.stack(learned.pulses)) / n_tasks,
-    }
-    penalty = jnp.sum(((cfg.target_fr - seen.rates) / 100) ** 2)
-    return loss + cfg.lambda_fr * penalty, measured
-
-
-def clipped(gradient, device):
-    """The gradient, given per µS and per ln θ, as one per range of the device and per ln θ,
-    shortened to MOST_NORM. Through several looks it explodes in the first iterations, and
-    Adam would remember that for a thousand more."""
-    g = jax.tree.map(lambda x: x * analog.span(device), gradient.g)
-    gradient = gradient._replace(g=g)
-    norm = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(gradient)))
-    return jax.tree.map(lambda x: x * jnp.minimum(1.0, MOST_NORM / norm), gradient)
-
-
-class Adam(NamedTuple):
-    """The optimizer of Kingma and Ba, ICLR 2015: its memory, trees like the
-    meta-parameters."""
-
-    mean: Meta  # of the gradients
+    mean: Meta  # of the gradients, for Adam
     square: Meta  # mean of their squares
 
-    @staticmethod
-    def start(meta):
-        """The memory before the first step."""
-        zero = jax.tree.map(jnp.zeros_like, meta)
-        return Adam(zero, zero)
 
-    def move(self, step, gradient):
-        """Direction like meta, and the memory after this step. A direction of 1 is a step
-        of lr_out of the range, or of LR_THETA of ln θ."""
-        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, self.mean, gradient)
-        square = jax.tree.map(
-            lambda v, g: 0.999 * v + 0.001 * g**2, self.square, gradient
-        )
-        n = jnp.float32(step) + 1
-
-        def direction(m, v):
-            return -m / (1 - 0.9**n) / (jnp.sqrt(v / (1 - 0.999**n)) + 1e-8)
-
-        return jax.tree.map(direction, mean, square), Adam(mean, square)
-
-    @staticmethod
-    def schedule(cfg, step):
-        """Factor of the step sizes: a tenth from lr_drop on."""
-        return jnp.where(step < cfg.lr_drop, 1.0, 0.1)
+def log_uniform(key, low, high):
+    """A number from low to high whose logarithm is uniform."""
+    return low * (high / low) ** jax.random.uniform(key)
 
 
-OPTIMIZERS = {"adam": Adam}
+def rate_penalty(cfg, rates):
+    """Σ_layers ((mean rate − target_fr)/100 Hz)², of the rates (Hz) of each layer's neurons."""
+    return sum(((jnp.mean(x) - cfg.target_fr) / 100) ** 2 for x in rates)
 
 
-def common_range(devices):
-    """The lowest and the highest conductance (µS) that all devices can be programmed to."""
-    low = max(device.g_min for device in devices)
-    high = min(device.g_prog for device in devices)
-    return low, high
+def activity_of(rates):
+    """What is reported of the rates (Hz) of the neurons of each layer."""
+    return {
+        "rates": jnp.stack([jnp.mean(x) for x in rates]),
+        "silent": jnp.stack([100 * jnp.mean(x == 0) for x in rates]),
+        "spikes": sum(jnp.sum(x) for x in rates) * network.N_STEPS * network.DT,
+    }
 
 
-def project(devices, meta):
-    """Meta-parameters whose conductances all of the devices can be programmed to."""
-    low, high = common_range(devices)
-    return meta._replace(g=jax.tree.map(lambda g: jnp.clip(g, low, high), meta.g))
+def meta_loss(key, meta, cfg, kind, n_tasks):
+    """Outer loss of one chip and n_tasks tasks, and means of what is measured on the way: the
+    query's squared error, as a share of that of predicting 0, and the penalty of rates."""
+    keys = iter(jax.random.split(key, 8))
+    device, table = kind
+    make = partial(analog.fabricate, table=table)
+    chip = network.assemble(next(keys), device, make, meta.g)
+    chip = network.later(chip, log_uniform(next(keys), cfg.tread, cfg.max_age))
+    family, times = family_of(cfg), times_of(cfg)
+    u = family.pool(next(keys))
+    tasks = jax.vmap(family.task)(jax.random.split(next(keys), n_tasks))
+    # One read of the hidden crossbars serves all looks: their reads differ in noise alone, and
+    # eight looks take half the time.
+    xbars, pulses = adapt_chip(
+        next(keys), meta, cfg, device, chip, u, tasks.support, times, times.reads[:1]
+    )
+    last = jax.tree.map(lambda x: x[:, -1], xbars)
+    readouts = refer(next(keys), device, last, jnp.repeat(times.pulses[-1], n_tasks))
+    asked = times.pulses[-1] + log_uniform(next(keys), cfg.twait, cfg.max_rest)
+    seen, w = query_chip(next(keys), cfg, device, chip, readouts, u, asked)
+    error = jnp.mean(jax.vmap(squared_error, (None, 0, 0))(seen.e, w, tasks.query))
+    measured = {"loss": error, "pulses": jnp.sum(pulses) / n_tasks, **activity_of(seen.rates)}
+    share = error / jnp.mean(tasks.query.y2)
+    return share + cfg.lambda_fr * rate_penalty(cfg, seen.rates), measured
 
 
-@jax.jit(static_argnums=(0, 1))
-def start(cfg, devices):
-    """State before training."""
+def scale(sizes, tree):
+    """The tree, each of its fields times that of sizes."""
+
+    def field(size, part):
+        return jax.tree.map(lambda x: size * x, part)
+
+    return jax.tree.map(field, sizes, tree)
+
+
+def shorten(gradient):
+    """The gradient, no longer than MAX_GRAD_NORM. Through several looks it explodes in the first
+    iterations, and Adam would remember that for a thousand more."""
+    norm = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(gradient)))
+    factor = jnp.minimum(1.0, MAX_GRAD_NORM / jnp.maximum(norm, TINY))
+    return jax.tree.map(lambda x: factor * x, gradient)
+
+
+def adam(state, gradient, step):
+    """Direction like meta, and the state with what Adam remembers (Kingma and Ba, ICLR 2015)."""
+    mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state.mean, gradient)
+    square = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, state.square, gradient)
+    n = jnp.float32(step) + 1
+
+    def direction(m, v):
+        return -m / (1 - 0.9**n) / (jnp.sqrt(v / (1 - 0.999**n)) + 1e-8)
+
+    return jax.tree.map(direction, mean, square), State(state.meta, mean, square)
+
+
+def project(lot, meta):
+    """Meta-parameters whose conductances all devices of the lot can be programmed to."""
+    return meta._replace(g=jax.tree.map(lambda g: jnp.clip(g, lot.low, lot.high), meta.g))
+
+
+def schedule(cfg, step):
+    """Factor of the step sizes: a tenth from lr_drop on."""
+    return jnp.where(step < cfg.lr_drop, 1.0, 0.1)
+
+
+def update(cfg, lot, state, gradient, step):
+    """State after one step of the optimizer: lr_out of the range, LR_THETA of ln θ, times the
+    schedule's factor."""
+    units = Meta(g=lot.span, log_theta=1.0)
+    rates = Meta(g=cfg.lr_out * lot.span, log_theta=LR_THETA)
+    direction, state = adam(state, shorten(scale(units, gradient)), step)
+    factor = schedule(cfg, step)
+    moved = jax.tree.map(lambda x, d: x + factor * d, state.meta, scale(rates, direction))
+    return state._replace(meta=project(lot, moved))
+
+
+def lot_of(cfg, devices):
+    """The Lot of devices, a dictionary by name, in the order of their names."""
+    ordered = [devices[name] for name in sorted(devices)]
+    families = defaultdict(list)
+    for device in ordered:
+        kind = Kind(device, table_of(cfg, device))
+        families[jax.tree.structure(kind)].append(kind)
+    kinds = tuple(jax.tree.map(stack, *family) for family in families.values())
+    low = max(device.g_min for device in ordered)
+    high = min(device.g_prog for device in ordered)
+    return Lot(kinds, low, high, ordered[0].g_max - low)
+
+
+def stack(*numbers):
+    """An array of them, along a first axis."""
+    return np.stack(numbers).astype(float)
+
+
+def table_of(cfg, device):
+    """What meta-training takes for the error of programming a device."""
+    if cfg.off_noise is None:
+        return analog.program_table(device)
+    return analog.EXACT._replace(std=analog.EXACT.std + cfg.off_noise * device.g_max)
+
+
+def stream(cfg, index):
+    """Key of the start (0), of meta-training (1), of the meta-test (2); studies go on from
+    3."""
+    return jax.random.fold_in(jax.random.key(cfg.seed), index)
+
+
+@jax.jit(static_argnums=0)
+def start(cfg, lot):
+    """State before training: the thresholds are a share of the rms of the gradients that the first
+    look at a new chip finds."""
+    keys = iter(jax.random.split(stream(cfg, 0), 6))
+    family = family_of(cfg)
+    kind = jax.tree.map(lambda x: x[0], lot.kinds[0])
+    device = kind.device._replace(g_min=lot.low)
     sizes = sizes_of(cfg)
-    shape = cfg.n_inner, 1 if cfg.shared_thr else sizes[-1]
-    log_theta = jnp.full(shape, math.log(cfg.grad_thr), float)
-    g = network.start(stream(cfg, 0), devices[0], sizes, cfg.n_rows)
-    meta = project(devices, Meta(g, log_theta))
-    return State(meta, OPTIMIZERS[cfg.optimizer].start(meta))
+    g = network.start(next(keys), device, sizes, family.n_in, family.n_out, cfg.n_rows)
+    g = project(lot, Meta(g, 0.0)).g
+    chip = network.assemble(next(keys), kind.device, analog.fabricate, g)
+    u = family.pool(next(keys))
+    seen = observe(next(keys), cfg, kind.device, chip, u, cfg.tread)
+    w = network.read(next(keys), kind.device, chip.readout, cfg.tread, cfg.compensate)
+    tasks = jax.vmap(family.task)(jax.random.split(next(keys), 64))
+    gradients = jax.vmap(delta_rule, (None, None, 0))(seen.e, w, tasks.support)
+    rms = jnp.sqrt(jnp.mean(gradients**2))
+    shape = (1, 1) if cfg.shared_thr else w.shape
+    theta = jnp.full((cfg.n_inner, *shape), cfg.grad_thr * jnp.maximum(rms, TINY))
+    meta = Meta(g, jnp.log(theta))
+    zero = jax.tree.map(jnp.zeros_like, meta)
+    return State(meta, zero, zero)
 
 
-def gradient_of(cfg, devices, meta, key):
+def gradient_of(cfg, lot, meta, key):
     """Gradient of the outer loss and what is measured, means over n_chips chips of each
     device."""
+    numbers = [len(kind.device.g_max) for kind in lot.kinds]  # of devices of each family
+    n_places = places_for(*(n * cfg.n_chips for n in numbers))
+    n_tasks = cfg.batch_train // sum(numbers)
+    keys = jax.random.split(key, len(lot.kinds))
+
+    def chip(x, meta):
+        key, kind = x
+        loss = partial(meta_loss, cfg=cfg, kind=kind, n_tasks=n_tasks)
+        return jax.grad(loss, 1, has_aux=True)(key, meta)
+
     found = []
-    for device, device_key in zip(
-        devices, jax.random.split(key, len(devices)), strict=True
-    ):
-        loss = partial(
-            meta_loss, cfg=cfg, device=device, n_tasks=cfg.batch_train // len(devices)
-        )
-        chip_keys = jax.random.split(device_key, cfg.n_chips)
-        found.append(on_chips(jax.grad(loss, 1, has_aux=True), chip_keys, meta))
+    for key, kind in zip(keys, lot.kinds, strict=True):
+        kinds = jax.tree.map(lambda x: jnp.repeat(x, cfg.n_chips, 0), kind)
+        chip_keys = jax.random.split(key, len(kinds.device.g_max))
+        found.append(on_chips(chip, (chip_keys, kinds), meta, n_places))
     return jax.tree.map(lambda *x: jnp.mean(jnp.concatenate(x), 0), *found)
 
 
-def update(cfg, devices, state, gradient, step):
-    """State after one step of the optimizer."""
-    gradient = clipped(gradient, devices[0])
-    direction, memory = state.memory.move(step, gradient)
-    factor = memory.schedule(cfg, step)
-    size = factor * cfg.lr_out * analog.span(devices[0])
-    g = jax.tree.map(lambda g, d: g + size * d, state.meta.g, direction.g)
-    log_theta = state.meta.log_theta + factor * LR_THETA * direction.log_theta
-    return State(project(devices, Meta(g, log_theta)), memory)
-
-
-@jax.jit(static_argnums=(0, 1))
-def train_chunk(cfg, devices, state, key, steps):
+@jax.jit(static_argnums=0)
+def train_chunk(cfg, lot, state, key, steps):
     """State after the meta-iterations steps [n], and means of what was measured in them."""
 
     def iterate(state, step):
         step_key = jax.random.fold_in(key, step)
-        gradient, measured = gradient_of(cfg, devices, state.meta, step_key)
-        return update(cfg, devices, state, gradient, step), measured
+        gradient, measured = gradient_of(cfg, lot, state.meta, step_key)
+        return update(cfg, lot, state, gradient, step), measured
 
     state, measured = jax.lax.scan(iterate, state, steps)
     return state, jax.tree.map(lambda x: jnp.mean(x, 0), measured)
@@ -655,51 +618,85 @@ def train_chunk(cfg, devices, state, key, steps):
 
 # ---- meta-test -----------------------------------------------------------------------------------
 
-
 # What a meta-test measures: name, and label with the unit and the number of an entry.
 MEASURED = {
     "mse": "squared error after look {}",
-    "mse_last": "squared error at the last time step after look {}",
+    "mse_day": "squared error a day later",
     "pulses": "pulses of an adaptation",
     "touched": "readout devices touched (%)",
     "dw": "Σ|ΔW| over the synapses",
     "rates": "firing rate (Hz) of layer {}",
+    "silent": "neurons of layer {} silent for all inputs (%)",
+    "spikes": "spikes per presentation",
 }
 
 
 class Episode(NamedTuple):
-    """One task on one freshly deployed chip."""
+    """One task on one chip."""
 
     measured: dict  # by the names of MEASURED
-    trial: Trial
-    # [3, L], over the levels: task, mean output before and after adaptation
-    curves: jax.Array
+    task: Task
+    # [2, L, n_out], outputs for the pool before and after adaptation
+    outputs: jax.Array
+    chip: network.Network  # of tiles; its times count from the episode's first read
 
 
 def episode(key, meta, cfg, device, make=analog.deploy):
     """Episode of a task that a new chip, its crossbars made by make, meets at tread."""
-    times = times_of_test(cfg, cfg.tread)
-    seen, learned = meet(key, meta, cfg, device, make, times, 1)
-    trial, readouts, pulses, w = jax.tree.map(lambda x: x[0], learned)
-    error = jax.vmap(squared_error, (None, None, 0))
-    moved = analog.weights(device, readouts[-1].g - readouts[0].g)
+    chip_key, pool_key, task_key, learn_key = jax.random.split(key, 4)
+    chip = network.assemble(chip_key, device, make, meta.g)
+    chip = network.later(chip, cfg.tread)
+    family = family_of(cfg)
+    u, task = family.pool(pool_key), family.task(task_key)
+    return learn_and_test(learn_key, meta, cfg, device, chip, u, task)
+
+
+def learn_and_test(key, meta, cfg, device, chip, u, task):
+    """Episode of a chip that meets a task at its time 0, with a pool of inputs u [L, n_in]."""
+    adapt_key, refer_key, ask_key, day_key = jax.random.split(key, 4)
+    times, asked = times_of(cfg), cfg.ttest - cfg.tread
+    supports = jax.tree.map(lambda x: x[None], task.support)
+    learned = adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
+    xbars, pulses = jax.tree.map(lambda x: x[0], learned)
+    after = refer(refer_key, device, xbars, times.pulses)
+    readouts = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), chip.readout, after)
+    seen, w = query_chip(ask_key, cfg, device, chip, readouts, u, asked)
+    late, w_late = query_chip(day_key, cfg, device, chip, readouts, u, asked + DAY)
+    last = jax.tree.map(lambda x: x[-1], readouts)
     measured = {
-        "mse": error(seen.moments, trial.query, jnp.stack(w)),
-        "mse_last": error(seen.last, trial.query, jnp.stack(w)),
-        "pulses": jnp.sum(jnp.stack(pulses)),
-        "touched": 100 * jnp.mean(readouts[-1].t_prog > readouts[0].t_prog),
-        "dw": jnp.sum(jnp.abs(moved)),
-        "rates": seen.rates,
+        "mse": jax.vmap(squared_error, (None, 0, None))(seen.e, w, task.query),
+        "mse_day": squared_error(late.e, w_late[-1], task.query),
+        "pulses": jnp.sum(pulses),
+        **changes(device, chip.readout.xbar, last.xbar),
+        **activity_of(seen.rates),
     }
-    before, after = seen.moments.first @ w[0], seen.moments.first @ w[-1]
-    return Episode(measured, trial, jnp.stack([trial.query.y, before, after]))
+    outputs = seen.e @ w[jnp.array([0, -1])]
+    return Episode(measured, task, outputs, chip._replace(readout=last))
 
 
-@jax.jit(static_argnums=(0, 1, 2, 3))
+def changes(device, before, after):
+    """What pulses have done to a readout."""
+    moved = analog.weights(device, after.g - before.g)
+    return {
+        "touched": 100 * jnp.mean(after.t_prog > before.t_prog),
+        "dw": jnp.sum(jnp.abs(moved)),
+    }
+
+
+def reported(key, meta, cfg, device):
+    """episode without its chip, which would fill the memory of many."""
+    return episode(key, meta, cfg, device)._replace(chip=None)
+
+
+@jax.jit(static_argnums=(0, 1, 3))
 def test(experiment, cfg, device, n, key, meta):
     """experiment(key, meta, cfg, device) of n chips, arrays [n, ...]."""
-    one = partial(experiment, cfg=cfg, device=device)
-    return on_chips(one, jax.random.split(key, n), meta)
+
+    def one(key, given):
+        device, meta = given
+        return experiment(key, meta, cfg, device)
+
+    return on_chips(one, jax.random.split(key, n), (device, meta), places_for(n))
 
 
 def summary(x):
@@ -711,35 +708,32 @@ def summary(x):
     return found
 
 
-def yardsticks(cfg):
+def baselines(cfg):
     """Squared errors of predicting 0 and of the best function that ignores the task, over
     2¹⁴ tasks."""
-
-    def draw(key):
-        return query_of(cfg, TASKS[cfg.tasks].draw(key))
-
     keys = jax.random.split(jax.random.key(0), 2**14)
-    queries = jax.jit(jax.vmap(draw))(keys)
-    zero = float(np.mean(queries.y2))
-    best = np.mean(queries.y, 0)
-    gain = float(np.mean(best**2))
+    queries = jax.jit(jax.vmap(family_of(cfg).task))(keys).query
+    zero, best = float(np.mean(queries.y2)), np.mean(queries.y, 0)
+    gain = float(np.sum(best**2 / np.maximum(np.mean(queries.share, 0), TINY)[:, None]))
     return {"predicting 0": zero, "best function that ignores the task": zero - gain}
 
 
 # ---- run folder ----------------------------------------------------------------------------------
 
 
-def stop(message, status=2):
-    """End the process with one line that says what the user can mend."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(status)
+class Refused(Exception):
+    """What a user can mend, in one line."""
+
+    def __init__(self, message, status=2):
+        super().__init__(" ".join(str(message).split()))
+        self.status = status  # of the process: 1 where a run has failed
 
 
 class Run(NamedTuple):
     """A run at one moment, all that it needs to go on."""
 
     cfg: Config
-    devices: tuple  # of analog.Device
+    devices: dict  # analog.Device by name, in the order of a report
     state: State
     step: int = 0
     rows: tuple = ()  # of metrics.csv, dictionaries
@@ -767,7 +761,8 @@ def write(path, data):
     try:
         replace(path, data)
     except OSError as error:
-        stop(f"cannot write {path}: {error.strerror}; the last checkpoint stands", 1)
+        what = f"cannot write {path}: {error.strerror}; the last checkpoint stands"
+        raise Refused(what, 1) from None
 
 
 def write_json(path, content):
@@ -802,7 +797,7 @@ def provenance():
 
 
 def by_name(state):
-    """The arrays of a state by name: hidden0, readout, log_theta, memory_mean_hidden0, …"""
+    """The arrays of a state by name: hidden0, readout, log_theta, mean_hidden0, …"""
     arrays = {}
     for path, array in jax.tree.leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="_")
@@ -822,7 +817,7 @@ def csv_of(rows):
 
 def save(run, folder):
     """config.json, metrics.csv and checkpoint.npz."""
-    device, *others = map(analog.describe, run.devices)
+    device, *others = (analog.describe(*item) for item in run.devices.items())
     config = {
         "config": vars(run.cfg),
         "device": [device, *others] if others else device,
@@ -837,56 +832,59 @@ def save(run, folder):
 
 
 def load(folder):
-    """The Run in a folder. What it lacks is refused by name, never filled in."""
+    """The Run in a folder; Refused where it holds none. What it lacks is refused by name, never
+    filled in."""
     folder = Path(folder)
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         described = saved["device"]
         if isinstance(described, dict):
             described = [described]
-        devices = tuple(map(analog.from_constants, described))
+        devices = dict(map(analog.from_constants, described))
         cfg = Config(**{name: saved["config"][name] for name in vars(Config())})
-        like = jax.eval_shape(lambda: start(cfg, devices))
+        like = jax.eval_shape(start, cfg, lot_of(cfg, devices))
         with np.load(folder / "checkpoint.npz") as file:
             leaves = [file[name].reshape(x.shape) for name, x in by_name(like).items()]
             step, rows = int(file["step"]), json.loads(str(file["rows"]))
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
         return Run(cfg, devices, state, step, tuple(rows), saved["versions"])
     except Exception as error:  # a damaged archive fails in many ways
-        stop(f"{folder} holds no run, a damaged one, or one of other code: {error}")
+        what = f"{folder} holds no run, a damaged one, or one of other code: {error}"
+        raise Refused(what) from None
 
 
-def runs_of(name):
-    """The run folders NAME, NAME.1, NAME.2, … by their number."""
-    pattern = re.escape(name) + r"(\.\d+)?"
-    folders = [x for x in Path("run").glob("*") if re.fullmatch(pattern, x.name)]
-    return {int(folder.suffix[1:] or 0): folder for folder in folders}
+def runs():
+    """The run folders run/1, run/2, … by their number."""
+    folders = [x for x in Path("run").glob("*") if x.name.isdecimal()]
+    return {int(folder.name): folder for folder in folders}
 
 
-def latest(name):
-    """The last run folder of that name that holds a run."""
-    for _, folder in sorted(runs_of(name).items(), reverse=True):
+def latest():
+    """The last run folder that holds a run."""
+    for _, folder in sorted(runs().items(), reverse=True):
         if (folder / "checkpoint.npz").exists():
             return folder
-    stop(f"there is no run folder run/{name} to resume; name it with --run_dir")
+    raise Refused("there is no run in run/ to resume; name its folder with --run_dir")
 
 
-def new_folder(name, run_dir):
-    """The folder of a new run: run_dir, or the next free one of NAME, NAME.1, NAME.2, …"""
-    number = max(runs_of(name), default=-1) + 1
-    folder = Path(run_dir or f"run/{name}.{number}".removesuffix(".0"))
+def new_folder(run_dir):
+    """The folder of a new run: run_dir, or the next of run/1, run/2, …"""
+    folder = Path(run_dir or f"run/{max(runs(), default=0) + 1}")
     if (folder / "checkpoint.npz").exists() and not jax.process_index():
-        stop(f"{folder} holds a run: go on with --resume, or name another folder")
+        raise Refused(f"{folder} holds a run: go on with --resume, or name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=bool(run_dir))
+    except FileExistsError:  # another run took it a moment ago
+        return new_folder(run_dir)
     except OSError as error:
-        stop(f"cannot make the run folder {folder}: {error.strerror}; try --run_dir")
+        what = f"cannot make the run folder {folder}: {error.strerror}; try --run_dir"
+        raise Refused(what) from None
     return folder
 
 
 # ---- command line --------------------------------------------------------------------------------
 
-CHOICES = {"tasks": TASKS, "rule": RULES, "optimizer": OPTIMIZERS}
+CHOICES = {"tasks": FUNCTIONS, "rule": RULES}
 # Settings that may change between a checkpoint and its --resume.
 MAY_CHANGE = {"n_iter", "lr_drop", "batch_test", "ttest"}
 
@@ -895,20 +893,19 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message):
-        stop(message)
+        raise Refused(message)
 
 
 def add_settings(parser):
     """Give the parser a flag for every setting, and --perf."""
     for field in dataclasses.fields(Config):
         default = "" if field.default is None else f" (default: {field.default})"
-        kind = {"type": field.type, "choices": CHOICES.get(field.name)}
+        choices = CHOICES.get(field.name, field.metadata["choices"])
+        kind = {"type": field.type, "choices": choices}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = field.metadata["help"] + default
-        parser.add_argument(
-            f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind
-        )
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument(
         "--perf",
         dest="device",
@@ -925,74 +922,101 @@ def build_parser():
     parser = Parser(allow_abbrev=False, description=about)
     add_settings(parser)
     parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        help="settings that belong together; flags beside it win",
+        "--preset", choices=PRESETS, help="settings that belong together; flags beside it win"
     )
-    parser.add_argument(
-        "--run_dir", help="folder of the run (default: the next run/NAME.N)"
-    )
+    parser.add_argument("--run_dir", help="folder of the run (default: the next of run/1, …)")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the latest run of this name, or that in --run_dir; "
+        help="go on with the latest run in run/, or that in --run_dir; "
         "once n_iter is reached, only test",
     )
     return parser
 
 
 def parse(argv):
-    """The settings given on a command line, a preset's among them; and its --preset,
-    --run_dir and --resume."""
+    """The settings given on a command line, a preset's among them; its --run_dir and --resume."""
     flags = vars(build_parser().parse_args(argv))
     preset, run_dir, resume = map(flags.pop, ("preset", "run_dir", "resume"))
-    if preset and not resume:
-        flags = PRESETS[preset] | flags
-    return flags, preset, run_dir, resume
+    given = PRESETS.get(preset, {})
+    if resume:  # what may change keeps what the run has
+        given = {name: x for name, x in given.items() if name not in MAY_CHANGE}
+    return given | flags, run_dir, resume
 
 
 def devices_of(names):
-    """The devices that --device names, by commas."""
+    """The devices, by name, that --device names: a file, or names and files separated by
+    commas."""
+    parts = [names] if Path(names).is_file() else [name.strip() for name in names.split(",")]
     try:
-        return tuple(analog.load_device(name.strip()) for name in names.split(","))
+        found = [analog.load_device(part) for part in parts]
     except ValueError as error:
-        stop(f"--device: {error}")
+        raise Refused(f"--device: {error}") from None
+    devices = dict(found)
+    if len(devices) < len(found):
+        raise Refused("--device: a name stands twice")
+    return devices
+
+
+def with_times(cfg, devices):
+    """The settings with the times that were not given: as soon as the samples allow."""
+    shown = cfg.task_size * network.N_STEPS * network.DT
+    tprog = cfg.tread + shown if cfg.tprog is None else cfg.tprog
+    verified = max(device.t_verify for device in devices.values())
+    soonest = tprog - cfg.tread + verified
+    tlook = max(20.0, soonest) if cfg.tlook is None else cfg.tlook
+    last = tprog + (cfg.n_inner - 1) * tlook
+    ttest = last + cfg.twait if cfg.ttest is None else cfg.ttest
+    needs = {
+        f"--tprog must be {cfg.tread + shown:g} s or more, after the samples": (
+            tprog >= cfg.tread + shown
+        ),
+        f"--tlook must be {soonest:g} s or more, after pulses and their read": tlook >= soonest,
+        f"--twait must be t_verify, {verified:g} s, or more": cfg.twait >= verified,
+        f"--ttest must be {last + verified:g} s or more, after the pulses": (
+            ttest >= last + verified
+        ),
+    }
+    refuse(needs)
+    return dataclasses.replace(cfg, tprog=tprog, tlook=tlook, ttest=ttest)
+
+
+def refuse(needs):
+    """Refused for the first of the needs {message: whether it is met} that is not met."""
+    for message, is_met in needs.items():
+        if not is_met:
+            raise Refused(message)
 
 
 def check(cfg, devices):
     """Refuse settings that make no sense."""
     for field in dataclasses.fields(Config):
-        value, bounds = getattr(cfg, field.name), field.metadata["bounds"]
-        if bounds and value is not None and not bounds[0] <= value <= bounds[1]:
-            stop(f"--{field.name} must be from {bounds[0]} to {bounds[1]}, not {value}")
-    n, learning = len(devices), (cfg.n_inner - 1) * cfg.tlook
-    last, soonest = cfg.tprog + learning, learning + analog.MIN_AGE
-    low, high = common_range(devices)
-    g_max = ", ".join(f"{x.name} has {x.g_max:g} µS" for x in devices)
-    needs = {
-        "--device: a name stands twice": len({x.name for x in devices}) == n,
-        f"--device: all must agree in g_max, but {g_max}": len({x.g_max for x in devices}) == 1,
-        "--device: no conductance can be programmed on all of them": low < high,
-        f"--batch_train must be a multiple of {n} devices": cfg.batch_train % n == 0,
-        f"--max_age must be at least tread, {cfg.tread:g} s": cfg.max_age >= cfg.tread,
-        f"--tprog must be after tread, {cfg.tread:g} s": cfg.tprog > cfg.tread,
-        f"--twait must be {soonest:g} s, tlook a look, or more": cfg.twait >= soonest,
-        f"--ttest must be after the last pulse, {last:g} s": cfg.ttest > last,
-    }
-    for message, is_met in needs.items():
-        if not is_met:
-            stop(message)
+        value, least = getattr(cfg, field.name), field.metadata["least"]
+        if type(value) in (int, float) and not least <= value < 2**31:
+            raise Refused(f"--{field.name} must be from {least:g} to 2³¹, not {value}")
+    n = len(devices)
+    low = max(device.g_min for device in devices.values())
+    high = min(device.g_prog for device in devices.values())
+    ranges = {name: device.g_max for name, device in devices.items()}
+    said = ", ".join(f"{name} has {g_max:g} µS" for name, g_max in ranges.items())
+    refuse(
+        {
+            f"--device: all must agree in g_max, but {said}": len(set(ranges.values())) == 1,
+            "--device: no conductance can be programmed on all of them": low < high,
+            f"--batch_train must be a multiple of {n} devices": cfg.batch_train % n == 0,
+            f"--max_age must be at least tread, {cfg.tread:g} s": cfg.max_age >= cfg.tread,
+            f"--max_rest must be at least twait, {cfg.twait:g} s": cfg.max_rest >= cfg.twait,
+        }
+    )
 
 
 def configure(flags):
     """Config and devices of a new run."""
     given = Config(**flags)
     devices = devices_of(given.device)
-    names = ",".join(device.name for device in devices)
-    lr_drop = given.n_iter * 6 // 10
-    cfg = Config(**{"lr_drop": lr_drop, **flags, "device": names})
-    check(cfg, devices)
-    return cfg, devices
+    check(given, devices)
+    cfg = with_times(given, devices)
+    return dataclasses.replace(cfg, device=",".join(devices)), devices
 
 
 def resumed(flags, folder):
@@ -1004,13 +1028,14 @@ def resumed(flags, folder):
         other.add("device")
     for name in sorted(other - MAY_CHANGE):
         before = getattr(run.cfg, name)
-        stop(
+        raise Refused(
             f"{folder} holds a run with --{name} {before}: leave out that flag or --resume"
         )
     cfg = dataclasses.replace(run.cfg, **flags)
     check(cfg, run.devices)
+    cfg = with_times(cfg, run.devices)
     if cfg.n_iter < run.step:
-        stop(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
+        raise Refused(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
     print(f"resuming {folder} after iteration {run.step}")
     now = provenance().items()
     changed = [name for name, x in now if run.versions.get(name) != x]
@@ -1021,61 +1046,58 @@ def resumed(flags, folder):
 
 def prepare(argv):
     """The Run to go on from, and its folder."""
-    flags, preset, run_dir, resume = parse(argv)
-    devices = devices_of(Config(**flags).device)
-    name = preset or "+".join(device.name for device in devices)
+    flags, run_dir, resume = parse(argv)
     if resume:
-        folder = Path(run_dir or latest(name))
+        folder = Path(run_dir or latest())
         return resumed(flags, folder), folder
     cfg, devices = configure(flags)
-    run = Run(cfg, devices, start(cfg, devices))
-    return run, new_folder(name, run_dir)
+    run = Run(cfg, devices, start(cfg, lot_of(cfg, devices)))
+    return run, new_folder(run_dir)
 
 
 # ---- main ----------------------------------------------------------------------------------------
 
 
-def stream(cfg, index):
-    """Key of the start (0), of meta-training (1), of the meta-test (2); studies go on from
-    3."""
-    return jax.random.fold_in(jax.random.key(cfg.seed), index)
-
-
 def assert_sound(run, measured, folder):
-    """Stop a run that has diverged; the last checkpoint stands."""
+    """Refuse to go on with a run that has diverged; the last checkpoint stands."""
     problem = ""
     for i, rate in enumerate(measured["rates"]):
-        if not 0 < rate * network.DT < 0.95:  # share of the time steps with a spike
-            problem = f"layer {i} is silent or always fires; try --lambda_fr 0.01"
+        if rate == 0:
+            problem = f"layer {i} is silent; try a larger --drive"
+        if rate * network.DT > 0.95:  # share of the time steps with a spike
+            problem = f"layer {i} always fires; try a smaller --drive or a larger --lambda_fr"
     numbers = jax.tree.leaves((measured, run.state))
     if not all(np.isfinite(x).all() for x in numbers):
         problem = "the loss is not finite; try a smaller --lr_out"
     if problem:
-        stop(f"iteration {run.step}: {problem}; the checkpoint in {folder} is good", 1)
+        what = f"iteration {run.step}: {problem}; the checkpoint in {folder} is good"
+        raise Refused(what, 1)
 
 
 def row_of(step, meta, measured):
     """The row of metrics.csv for a chunk whose means are measured, its values by column."""
-    thresholds = np.exp(np.median(meta.log_theta, 1))
+    thresholds = np.exp(np.median(meta.log_theta, (1, 2)))
     return {
         "step": step,
         "loss": float(measured["loss"]),
         "pulses": float(measured["pulses"]),
+        "spikes": float(measured["spikes"]),
         **{f"rate{i}_hz": float(x) for i, x in enumerate(measured["rates"])},
+        **{f"silent{i}": float(x) for i, x in enumerate(measured["silent"])},
         **{f"theta_{k}": float(x) for k, x in enumerate(thresholds)},
     }
 
 
 def train(run, folder):
     """The Run after meta-training up to n_iter, saved every CHUNK iterations."""
-    cfg = run.cfg
+    cfg, lot = run.cfg, lot_of(run.cfg, run.devices)
     bar = tqdm(total=cfg.n_iter, initial=run.step, unit="it", file=sys.stdout)
     with bar:
         while run.step < cfg.n_iter:
             last = min((run.step // CHUNK + 1) * CHUNK, cfg.n_iter)
             steps = np.arange(run.step, last)
             state, measured = jax.device_get(
-                train_chunk(cfg, run.devices, run.state, stream(cfg, 1), steps)
+                train_chunk(cfg, lot, run.state, stream(cfg, 1), steps)
             )
             row = row_of(last, state.meta, measured)
             run = run._replace(state=state, step=last, rows=(*run.rows, row))
@@ -1086,34 +1108,26 @@ def train(run, folder):
     return run
 
 
-def compile_tests(run):
-    """The meta-tests of the devices by name, compiled functions of (key, meta)."""
+def meta_test(run):
+    """Episodes on each device by its name, and what results.json holds."""
     cfg, meta, key = run.cfg, run.state.meta, stream(run.cfg, 2)
-    tests = {}
-    for device in run.devices:
-        lowered = test.lower(episode, cfg, device, cfg.batch_test, key, meta)
-        tests[device.name] = lowered.compile()
-    return tests
-
-
-def meta_test(run, tests):
-    """Episodes on each device by its name, and what results.json holds; tests are those
-    of compile_tests."""
-    meta, key = run.state.meta, stream(run.cfg, 2)
-    episodes = {name: jax.device_get(test(key, meta)) for name, test in tests.items()}
+    episodes = {
+        name: jax.device_get(test(reported, cfg, device, cfg.batch_test, key, meta))
+        for name, device in run.devices.items()
+    }
     found = {name: jax.tree.map(summary, x.measured) for name, x in episodes.items()}
     return episodes, {
         "step": run.step,
         "theta": np.exp(meta.log_theta).tolist(),
-        "yardsticks": yardsticks(run.cfg),
+        "baselines": baselines(cfg),
         "devices": found,
-        **found[run.devices[0].name],
+        **next(iter(found.values())),
     }
 
 
 def report(results):
     """Say the table of results."""
-    for what, error in results["yardsticks"].items():
+    for what, error in results["baselines"].items():
         print(f"  {'squared error of ' + what:<52}{error:9.3f}")
     for name, found in results["devices"].items():
         n = found["mse"]["n"]
@@ -1125,19 +1139,19 @@ def report(results):
                 print(f"  {label.format(i):<52}{mean:9.3f}{interval}")
 
 
-def suffix_of(device):
+def suffix_of(name):
     """What the names of a device's figures in img/ end with: nothing for pcm."""
-    return "" if device.name == "pcm" else f"_{device.name}"
+    return "" if name == "pcm" else f"_{name}"
 
 
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder and copy them to img/."""
-    device = run.devices[0]
-    suffix = suffix_of(device)
+    first = next(iter(run.devices))
+    suffix = suffix_of(first)
     edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
-    drawn = {"meta_testing": figures.testing(edges, episodes[device.name], results)}
+    drawn = {"meta_testing": figures.testing(edges, episodes[first], results)}
     if run.rows:
-        drawn["meta_training"] = figures.training(run.rows, results["yardsticks"])
+        drawn["meta_training"] = figures.training(run.rows, results["baselines"])
     else:  # that of an earlier run must not stand beside this one's
         Path("img", f"meta_training{suffix}.png").unlink(missing_ok=True)
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}, {settings_of(run)}"
@@ -1160,9 +1174,7 @@ def cores():
 def settings_of(run):
     """The settings of a run that are not the default, in words."""
     settings = vars(run.cfg).items()
-    return ", ".join(
-        f"{name} {x}" for name, x in settings if x != getattr(Config, name)
-    )
+    return ", ".join(f"{name} {x}" for name, x in settings if x != getattr(Config, name))
 
 
 def announce(run, folder):
@@ -1178,13 +1190,15 @@ def execute(run, folder):
     """Meta-train, meta-test, draw and report."""
     announce(run, folder)
     save(run, folder)
+    places_for(run.cfg.batch_test)  # a fault of the test must not wait for training
+    for device in run.devices.values():
+        tested = partial(reported, cfg=run.cfg)
+        jax.eval_shape(tested, stream(run.cfg, 2), run.state.meta, device=device)
     began = time.monotonic()
-    # while training compiles and runs, as one core has time to spare
-    compiled = ThreadPoolExecutor().submit(compile_tests, run)
     run = train(run, folder)
     trained = time.monotonic()
     print(f"training took {trained - began:.0f} s; testing {run.cfg.batch_test} chips")
-    episodes, results = meta_test(run, compiled.result())
+    episodes, results = meta_test(run)
     print(f"testing took {time.monotonic() - trained:.0f} s")
     write_json(folder / "results.json", results)
     for name, found in episodes.items():
@@ -1206,13 +1220,12 @@ def join_hosts():
 
 
 def configure_backend():
-    """JAX's devices, one per core, 2, 4, 8, … of them so that they share levels out; compiled
-    programs kept for later runs; other hosts."""
+    """JAX's devices, one per core; compiled programs kept for later runs; other hosts."""
     # a core each: threads of a product would be in each other's way
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     with suppress(RuntimeError):  # already set up by whoever called main
         if "JAX_NUM_CPU_DEVICES" not in os.environ:
-            jax.config.update("jax_num_cpu_devices", 2 ** int(math.log2(cores())))
+            jax.config.update("jax_num_cpu_devices", cores())
     if not jax.config.jax_compilation_cache_dir:
         # by machine, as another may have another processor
         cache = Path(__file__).parent / "__pycache__" / platform.node()
@@ -1222,20 +1235,32 @@ def configure_backend():
         join_hosts()
         jax.devices()
     except (RuntimeError, ValueError) as error:
-        stop(f"JAX cannot start: {error}")
+        raise Refused(f"JAX cannot start: {error}") from None
     if jax.process_index():  # of several hosts the first alone speaks
         sys.stdout = open(os.devnull, "w")
 
 
-def main(argv=None):
-    """Run the command line."""
+@contextmanager
+def one_line_errors():
+    """Ends the process with one line where what is done in it is Refused."""
     try:
-        configure_backend()
-        execute(*prepare(argv))
+        yield
+    except Refused as refused:
+        print("error:", refused, file=sys.stderr)
+        raise SystemExit(refused.status) from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        stop("out of memory; try fewer tasks (--batch_train), chips or neurons", 1)
+        what = "error: out of memory; try fewer tasks (--batch_train), chips or neurons"
+        print(what, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def main(argv=None):
+    """Run the command line."""
+    with one_line_errors():
+        configure_backend()
+        execute(*prepare(argv))
 
 
 def end_at_once():

@@ -24,9 +24,7 @@ STYLE = {
     "axes.spines.right": False,
 }
 
-plain = matplotlib.style.context(
-    ["default", STYLE]
-)  # decorates what makes or saves a figure
+plain = matplotlib.style.context(["default", STYLE])  # decorates what makes or saves a figure
 
 
 @plain
@@ -70,7 +68,8 @@ def legend_above(axes, n_columns):
 
 def plain_ticks(axis):
     """Write the ticks of a logarithmic axis as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 
@@ -92,15 +91,15 @@ def mark_level(axes, level, label, above):
 
 
 @plain
-def training(rows, yardsticks):
+def training(rows, baselines):
     """Figure of the error after adaptation against meta-iterations; rows of metrics.csv,
-    yardsticks {label: error}."""
+    baselines {label: error}."""
     figure, axes = empty(4.2)
     step = [row["step"] for row in rows]
     loss = [row["loss"] for row in rows]
     axes.plot(step, loss, ".-", color=AFTER, label="after adaptation")
-    for label, level in yardsticks.items():
-        mark_level(axes, level, label, above=level == max(yardsticks.values()))
+    for label, level in baselines.items():
+        mark_level(axes, level, label, above=level == max(baselines.values()))
     label = "mean squared error of new tasks"
     axes.set(xlabel="meta-iteration", ylabel=label, yscale="log")
     axes.set_xlim(left=0)
@@ -135,18 +134,17 @@ def mark_mean(axes, x, height, text, color):
         textcoords="offset points",
         ha="right",
         va="top",
-        bbox={"fc": "white", "ec": "none", "pad": 1},
     )
 
 
-def show_errors(axes, before, after, n_pulses):
+def show_errors(axes, before, after, words):
     """Draw the distributions of the errors [n] of chips before and after adaptation, means
-    marked."""
+    marked; words below the second."""
     errors = np.concatenate([before, after])
     shown = errors[np.isfinite(errors) & (errors > 0)]  # what a logarithmic axis can show
     if not len(shown):
         shown = np.ones(1)
-    low = min(x for x in (shown.min(), after.mean() / 20) if x > 0)
+    low = min(x for x in (shown.min(), after.mean() / 30) if x > 0)
     high = 1.1 * shown.max()
     n_bins = int(np.clip(2 * len(before) ** 0.5, 8, 40))
     edges = np.geomspace(low, high, n_bins + 1)
@@ -157,8 +155,17 @@ def show_errors(axes, before, after, n_pulses):
     axes.yaxis.get_major_locator().set_params(integer=True)
     plain_ticks(axes.xaxis)
     mark_mean(axes, before.mean(), 0.99, f"mean {before.mean():.2g} before", "#555555")
-    words = f"{after.mean():.2g} after\nabout {n_pulses:.0f} pulses"
-    mark_mean(axes, after.mean(), 0.91, words, AFTER)
+    mark_mean(axes, after.mean(), 0.91, f"{after.mean():.2g} after\n{words}", AFTER)
+
+
+def activity(results):
+    """What results.json says of the network's activity, in words."""
+    rates, silent = (
+        " and ".join(f"{x:.0f}" for x in results[name]["mean"]) for name in ("rates", "silent")
+    )
+    spikes = results["spikes"]["mean"]
+    first = f"{spikes:.0f} spikes per presentation"
+    return f"{first}\nlayers at {rates} Hz, {silent} % silent"
 
 
 @plain
@@ -167,17 +174,19 @@ def testing(edges, episodes, results):
     results.json."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplot_mosaic("AABBEEEE\nCCDDEEEE")
-    trial = episodes.trial
-    for panel, curves, x, y in zip(
-        "ABCD", episodes.curves, trial.x, trial.y, strict=False
-    ):
-        show_task(axes[panel], edges, curves, x, y)
+    task, outputs = episodes.task, episodes.outputs[..., 0]  # [n, 2, L]
+    truth = task.query.y[..., 0] / task.query.share
+    tasks = zip("ABCD", truth, outputs, task.x, task.y, strict=False)
+    for panel, target, output, x, y in tasks:
+        show_task(axes[panel], edges, (target, *output), x, y)
         axes[panel].tick_params(labelbottom=panel in "CD")
         axes[panel].set(xlabel="x" * (panel in "CD"), ylabel="y" * (panel in "AC"))
-    mse = episodes.measured["mse"]
-    show_errors(axes["E"], mse[:, 0], mse[:, -1], results["pulses"]["mean"])
+    mse, late = episodes.measured["mse"], results["mse_day"]["mean"]
+    words = f"{results['pulses']['mean']:.0f} pulses\n{late:.2g} a day later"
+    show_errors(axes["E"], mse[:, 0], mse[:, -1], words)
     axes["E"].set(xlabel="squared error of a chip over all inputs", ylabel="chips")
-    axes["E"].set_title(f"{len(mse)} tasks, each on a chip of its own", fontsize=11)
+    title = f"{len(mse)} tasks, each on a chip of its own\n{activity(results)}"
+    axes["E"].set_title(title, fontsize=10)
     legend_above(axes["A"], 4)
     return figure
 
@@ -203,23 +212,43 @@ def laws(name, panels):
     return figure
 
 
+N_SHOWN = 64  # neurons of a layer in a raster
+
+
+def raster(axes, t, z, layer):
+    """Draw the spikes z [T, n] of a layer at times t (ms), of some of its neurons."""
+    n = z.shape[1]
+    shown = np.linspace(0, n - 1, min(n, N_SHOWN)).round().astype(int)
+    axes.eventplot([t[z[:, i] > 0] for i in shown], color=TRUTH, lw=1.2, linelengths=0.9)
+    rate = 1e3 * z.mean() / (t[1] - t[0])
+    part = f"{len(shown)} of" if len(shown) < n else "all"
+    axes.set_ylabel(f"layer {layer}, {rate:.0f} Hz\n{part} {n} neurons")
+    axes.set_ylim(-1, len(shown))
+    axes.set_yticks([])
+
+
 @plain
-def presentation(t, u, spikes, v, output):
-    """Figure of one input u at times t (ms): spikes [T, n] of layers, a membrane v and the
-    output."""
-    ratios = (0.5, *(1.3 for _ in spikes), 1, 1)
-    figure, axes = empty(7.2, len(ratios), sharex=True, height_ratios=ratios)
-    axes[0].axhline(u, color=TRUTH)
-    axes[0].set_ylabel("input x")
-    for layer, (ax, z) in enumerate(zip(axes[1:], spikes, strict=False)):
-        step, neuron = np.nonzero(z)
-        ax.plot(t[step], neuron, "|", color=TRUTH, ms=4)
-        ax.set(ylabel=f"neuron of\nlayer {layer}", ylim=(-1, z.shape[1]))
-    axes[-2].plot(t, v, color=AFTER)
+def presentation(t, x, spikes, membrane, output, target):
+    """Figure of an input x that is held at times t (ms): spikes [T, n] of layers, a membrane [T],
+    and the output [T] as it would be read at each time, which has to meet the target."""
+    ratios = (*(2.2 for _ in spikes), 0.9, 1.1)
+    figure, axes = empty(9, len(ratios), sharex=True, height_ratios=ratios)
+    figure.suptitle(f"input x = {x:.2g}, held for {t[-1]:.0f} ms", fontsize=12)
+    for layer, (ax, z) in enumerate(zip(axes, spikes, strict=False)):
+        raster(ax, t, z, layer)
+    axes[-2].plot(t, membrane, color=AFTER)
     axes[-2].axhline(1, color=TRUTH, lw=1, ls=":")
-    axes[-2].set_ylabel("a membrane\n(dotted: threshold)")
+    axes[-2].set_ylabel(f"a membrane\nof layer {len(spikes) - 1}")
+    axes[-2].annotate("threshold", (0.5, 1), (0, 2), textcoords="offset points", fontsize=9)
     axes[-1].plot(t, output, color=LATE)
-    axes[-1].set(ylabel="readout ŷ", xlabel="time (ms)", xlim=(0, t[-1]))
+    axes[-1].axhline(target, color=TRUTH, ls="--")
+    place = {"textcoords": "offset points", "fontsize": 9}
+    axes[-1].annotate("target of the task", (0.5, target), (0, 3), **place)
+    axes[-1].plot(t[-1], output[-1], "o", color=LATE)
+    side = -22 if output[-1] > 0 else 12
+    axes[-1].annotate("read here, once", (t[-1], output[-1]), (0, side), ha="right", **place)
+    axes[-1].set(ylabel="readout ŷ\nif read then", xlabel="time (ms)", xlim=(0, 1.01 * t[-1]))
+    axes[-1].margins(y=0.25)
     figure.align_ylabels()
     return figure
 
@@ -228,13 +257,18 @@ def presentation(t, u, spikes, v, output):
 
 
 @plain
-def lines(x, found, xlabel, xscale="linear"):
-    """Figure of errors along x, a line for each label of found, {label: summary}."""
+def lines(x, found, xlabel, scale="linear"):
+    """Figure of errors along x, a line for each label of found, {label: summary}; both axes have
+    the scale."""
     figure, axes = empty(4.5)
     axes.set_prop_cycle(LINES)
     for label, summary in found.items():
         band(axes, x, summary["mean"], summary.get("ci95", 0), label=label)
-    axes.set(xlabel=xlabel, xscale=xscale, ylabel="mean squared error", ylim=0)
+    axes.set(xlabel=xlabel, xscale=scale, yscale=scale, ylabel="mean squared error")
+    if scale == "log":
+        plain_ticks(axes.yaxis)
+    else:
+        axes.set_ylim(0)
     legend_above(axes, 2 if len(found) > 3 else 3)
     return figure
 

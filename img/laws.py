@@ -19,10 +19,10 @@ N_TARGETS = 16  # of program-and-verify
 
 def targets_of(device):
     """Targets (µS) over the range that the device can be programmed to, [N_TARGETS]."""
-    return np.linspace(device.g_min, device.g_prog, N_TARGETS)
+    return jnp.linspace(device.g_min, device.g_prog, N_TARGETS)
 
 
-@jax.jit(static_argnums=0)
+@jax.jit
 def simulate(device):
     """G (µS) of devices after each pulse [N_PULSES + 1, 2, N, 1]; at AGES [AGES, 2, N, 1];
     what a read adds to it t0 after the pulse [2, N, N_TARGETS]; and analog.Programmed."""
@@ -46,25 +46,28 @@ def simulate(device):
     return jnp.concatenate([start.g[None], steps]), aged, noise, done
 
 
-def report(device, done):
+def report(name, device, done):
     """Print what programming takes, 0 where that is not known, and leaves by range of
     targets."""
-    targets = targets_of(device)
-    print(f"{device.name}: programming, mean of {2 * N} devices a target")
-    print("  targets (µS)     SET pulses    RESETs     reads   rms error (µS)")
+    targets = np.asarray(targets_of(device))
+    errors = done.xbar.g - targets
+    print(f"{name}: programming, mean of {2 * N} devices a target")
+    head = "  targets (µS)     SET pulses    RESETs     reads"
+    print(f"{head}   mean error (µS)   rms error (µS)")
     for part in np.array_split(np.arange(N_TARGETS), 4):
         pulses, resets, reads = (np.mean(x[..., part]) for x in done[1:])
-        rms = np.sqrt(np.mean((done.xbar.g - targets)[..., part] ** 2))
+        mean, rms = np.mean(errors[..., part]), np.sqrt(np.mean(errors[..., part] ** 2))
         span = f"{targets[part[0]]:5.2f} to {targets[part[-1]]:5.2f}"
-        print(f"  {span}{pulses:14.1f}{resets:10.2f}{reads:10.1f}{rms:17.3f}")
+        took = f"{pulses:14.1f}{resets:10.2f}{reads:10.1f}"
+        print(f"  {span}{took}{mean:18.3f}{rms:17.3f}")
 
 
-def draw(device, steps, aged, noise, done):
+def draw(name, device, steps, aged, noise, done):
     """Figure of the laws, simulated devices beside them."""
     middle = device.g_prog / 2
     drifted = middle * analog.mean_drift(device, middle, jnp.array(AGES))
     staircase, _ = analog.staircase(device, N_PULSES)
-    targets = targets_of(device)
+    targets = np.asarray(targets_of(device))
     zero = np.zeros(N_TARGETS)
     error = done.xbar.g - targets
     panels = (
@@ -73,7 +76,7 @@ def draw(device, steps, aged, noise, done):
         ("G (µS) of a device at a read", "noise (µS)", targets, zero, noise),
         ("target of programming (µS)", "error (µS)", targets, zero, error),
     )
-    return figures.laws(device.name, panels)
+    return figures.laws(name, panels)
 
 
 def main():
@@ -82,9 +85,10 @@ def main():
     parser.add_argument(
         "--device", default="pcm", help="built-in names or JSON files, by commas"
     )
-    for device in train.devices_of(parser.parse_args().device):
-        found = jax.device_get(simulate(device))
-        report(device, found[-1])
-        path = Path(__file__).parent / f"model{train.suffix_of(device)}.png"
-        train.write(path, figures.png(draw(device, *found)))
-        print(f"figure in {path}")
+    with train.one_line_errors():
+        for name, device in train.devices_of(parser.parse_args().device).items():
+            found = jax.device_get(simulate(device))
+            report(name, device, found[-1])
+            path = Path(__file__).parent / f"model{train.suffix_of(name)}.png"
+            train.write(path, figures.png(draw(name, device, *found)))
+            print(f"figure in {path}")

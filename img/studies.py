@@ -9,8 +9,9 @@ life      50 tasks in sequence on one chip, with four ways to keep its readout
 limits    what is left of the error on other devices; bounds of any rule
 updates   sizes of pulses against those of steps of Adam
 
-RUN is the folder of a run. All devices are those of the run and the built-in ones of the same
-g_max, but for the ideal one. To compare settings, train a network with each of them.
+RUN is the folder of a run. All devices are those of the (first) run and the built-in ones of the
+same g_max, but for perf. To compare settings, train a network with each of them. Ages, devices and
+networks that are compared have the same tasks, and random draws from the same keys.
 """
 
 import argparse
@@ -31,8 +32,8 @@ import network  # noqa: E402
 import train  # noqa: E402
 from img import figures  # noqa: E402
 
-AGES = 400.0, 1e3, 1e4, 1e5, 1e6, 1e7  # s, the first after an adaptation at tread
-OLD = 1e6  # s
+RESTS = 10.0, 3600.0, 86400.0, 1e6, 1e7  # s, from the last pulse of an adaptation
+OLD = 1e6  # s, age of an old chip
 N_LIFE = 50  # tasks of a life
 PERIOD = 1e4  # s, from one of them to the next
 AHEAD = 30.0  # s, from the end of a readout's programming to the first look at a task
@@ -43,16 +44,36 @@ STUCK = {"stuck_low": 0.005, "stuck_high": 0.005}  # shares of all devices
 # ---- parts of experiments ------------------------------------------------------------------------
 
 
-def new_chip(key, meta, cfg, device):
-    """A chip of a network, programmed at t = 0, and its first trial."""
-    chip_key, trial_key = jax.random.split(key)
+def scene(key, meta, cfg, device):
+    """A new chip whose programming ends at its time 0, a pool of inputs, a task, and a key."""
+    chip_key, pool_key, task_key, key = jax.random.split(key, 4)  # as in train.episode
     chip = network.assemble(chip_key, device, analog.deploy, meta.g)
-    return chip, train.draw_trial(trial_key, cfg)
+    family = train.family_of(cfg)
+    return chip, family.pool(pool_key), family.task(task_key), key
 
 
-def with_readout(chip, readout):
-    """The chip with another readout."""
-    return chip._replace(xbars=chip.xbars._replace(readout=readout))
+def learn(key, meta, cfg, device, chip, u, task):
+    """The readouts of a chip after each look at a task, tiles [n_inner, ...], and the pulses
+    [n_inner, 2, H, n_out]."""
+    adapt_key, refer_key = jax.random.split(key)
+    times, supports = train.times_of(cfg), jax.tree.map(lambda x: x[None], task.support)
+    found = train.adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
+    xbars, pulses = jax.tree.map(lambda x: x[0], found)
+    return train.refer(refer_key, device, xbars, times.pulses), pulses
+
+
+def error_at(key, cfg, device, chip, u, query, t, compensate):
+    """Squared error of a chip at time t (s), its readout compensated for drift or not, its hidden
+    layers as the settings say."""
+    see_key, read_key = jax.random.split(key)
+    e = train.observe(see_key, cfg, device, chip, u, t).e
+    w = network.read(read_key, device, chip.readout, t, compensate)
+    return train.squared_error(e, w, query)
+
+
+def wait_of(cfg):
+    """s from the first look of the meta-test to its query."""
+    return cfg.ttest - cfg.tread
 
 
 def writable(device, w):
@@ -61,40 +82,29 @@ def writable(device, w):
     return jnp.minimum(wanted, device.g_prog)
 
 
-def learn(key, meta, cfg, device, chip, trial, times):
-    """The readouts of a chip after each look at a trial, and the pulses of each look."""
-    look_key, adapt_key = jax.random.split(key)
-    looks = train.look_at(look_key, cfg, device, chip, times)
-    return train.adapt(adapt_key, meta, cfg, device, chip, looks, trial.support, times)
-
-
-def learn_and_test(key, meta, cfg, device, chip, trial, times):
-    """Readout, pulses [2, H, 1] and squared error after a chip has learned a trial."""
-    learn_key, hidden_key, readout_key = jax.random.split(key, 3)
-    readouts, pulses = learn(learn_key, meta, cfg, device, chip, trial, times)
-    moments = train.observe(hidden_key, cfg, device, chip, times.query).moments
-    w = network.read_readout(readout_key, device, readouts[-1], times.query)
-    return readouts[-1], sum(pulses), train.squared_error(moments, trial.query, w)
+def last_error(key, meta, cfg, device, make=analog.deploy):
+    """Squared error after a new chip has learned a task."""
+    return train.episode(key, meta, cfg, device, make).measured["mse"][-1]
 
 
 def tested(experiment, n, run, device=None):
     """What an experiment measures on n chips of a run's network, of its first device or of
     another."""
-    device = device or run.devices[0]
-    meta = train.project((device,), run.state.meta)
+    device = device or next(iter(run.devices.values()))
+    meta = train.project(train.lot_of(run.cfg, {"": device}), run.state.meta)
     key = train.stream(train.Config(), 3)  # the same tasks for every network
     return jax.device_get(train.test(experiment, run.cfg, device, n, key, meta))
 
 
 def devices_for(run):
-    """The devices of a run, and the built-in ones of the same g_max but for the ideal one."""
-    own = {device.name: device for device in run.devices}
-    g_max = run.devices[0].g_max
-    return [
-        device
-        for device in (own | analog.DEVICES).values()
-        if device.g_max == g_max and not isinstance(device.law, analog.Ideal)
-    ]
+    """By name, the devices of a run, and the built-in ones of the same g_max but for perf."""
+    g_max = next(iter(run.devices.values())).g_max
+    built_in = {
+        name: device
+        for name, device in analog.DEVICES.items()
+        if device.g_max == g_max and name != "perf"
+    }
+    return run.devices | built_in | run.devices
 
 
 def show(label, values):
@@ -105,82 +115,81 @@ def show(label, values):
         label, values = f"{label}, ridge {RIDGES[best]:g}", values[:, best]
     found = train.summary(values)
     interval = f" ± {found['ci95']:.3f}" if "ci95" in found else ""
-    print(
-        f"  {label:<64}{found['mean']:9.3f}{interval}  (n = {found['n']})", flush=True
-    )
+    print(f"  {label:<64}{found['mean']:9.3f}{interval}  (n = {found['n']})", flush=True)
     return found
 
 
 # ---- life: 50 tasks in sequence on one chip ------------------------------------------------------
 
+# What is done with a readout before its next task: functions of a key, the device, the tile, what
+# it was programmed to at first (µS), and the time (s) at which programming ends. Each returns the
+# tile and analog.Programmed.
+
+
+def restore(key, device, readout, target, t):
+    """Programmed to its first target again."""
+    done = analog.program(key, device, readout.xbar, target, t)
+    return network.Tile(done.xbar, network.total(device, target)), done
+
 
 def reset(key, device, readout, target, t):
-    """analog.Programmed of a readout whose devices were all RESET."""
+    """All devices RESET."""
     none = jnp.zeros(target.shape, int)
-    erased = analog.reset(key, device, readout, none == 0, t)
-    return analog.Programmed(erased, none, none + 1, none)
-
-
-def nothing(key, device, readout, target, t):
-    """analog.Programmed of a readout that is left as it is."""
-    none = jnp.zeros(target.shape, int)
-    return analog.Programmed(readout, none, none, none)
+    erased = analog.reset(key, device, readout.xbar, none == 0, t)
+    level = jnp.full(target.shape, device.reset_mean)
+    done = analog.Programmed(erased, none, none + 1, none)
+    return network.Tile(erased, network.total(device, level)), done
 
 
 def refresh(key, device, readout, target, t):
-    """analog.Programmed of a readout whose weights were read, without their mean drift, and
-    written again with one device of each pair at g_min."""
+    """Read as programming begins, compensated for drift, and the weights that were read written
+    with one device of each pair at g_min."""
     read_key, program_key = jax.random.split(key)
-    g = analog.read(read_key, device, readout, t)
-    before = g / analog.mean_drift(device, g, analog.age_of(readout, t))
-    wanted = writable(device, analog.weights(device, before))
-    return analog.program(program_key, device, readout, wanted, t)
+    began = t - analog.MAX_STEPS * device.t_verify
+    w = network.read(read_key, device, readout, began, True)
+    return restore(program_key, device, readout, writable(device, w), t)
 
 
-# What is done with a readout before its next task, given the key, the device, the readout, what
-# it was programmed to at the start, and the time; restoring is to program that again.
-POLICIES = {
-    "nothing": nothing,
-    "restore": analog.program,
-    "reset": reset,
-    "refresh": refresh,
-}
+def nothing(key, device, readout, target, t):
+    """Left as it is."""
+    none = jnp.zeros(target.shape, int)
+    return readout, analog.Programmed(readout.xbar, none, none, none)
+
+
+POLICIES = {"nothing": nothing, "restore": restore, "reset": reset, "refresh": refresh}
 
 
 def lives(key, meta, cfg, device, policy):
-    """Squared errors [N_LIFE] of one chip, pulses and RESETs [N_LIFE, 2, H, 1], where the
-    policy comes between two tasks."""
-    chip_key, life_key = jax.random.split(key)
-    chip, _ = new_chip(chip_key, meta, cfg, device)
+    """Squared errors [N_LIFE] of one chip, and the pulses and RESETs [N_LIFE, 2, H, n_out] of a
+    task and of the policy that comes after it, ready for the next."""
+    chip, u, _, key = scene(key, meta, cfg, device)
 
-    def task(readout, inputs):
-        key, k = inputs
-        keep_key, trial_key, learn_key = jax.random.split(key, 3)
-        times = train.times_of_test(cfg, cfg.tread + PERIOD * k)
-        kept = nothing(keep_key, device, readout, meta.g.readout, 0.0)
-        done = policy(keep_key, device, readout, meta.g.readout, times.reads[0] - AHEAD)
-        done = jax.tree.map(lambda new, old: jnp.where(k > 0, new, old), done, kept)
-        trial = train.draw_trial(trial_key, cfg)
-        used = with_readout(chip, done.xbar)
-        after, fired, error = learn_and_test(
-            learn_key, meta, cfg, device, used, trial, times
-        )
-        return after, {
-            "error": error,
-            "pulses": fired + done.pulses,
-            "resets": done.resets,
-        }
+    def meet(chip, key):
+        task_key, learn_key, ask_key, keep_key = jax.random.split(key, 4)
+        task = train.family_of(cfg).task(task_key)
+        readouts, fired = learn(learn_key, meta, cfg, device, chip, u, task)
+        chip = chip._replace(readout=jax.tree.map(lambda x: x[-1], readouts))
+        t = wait_of(cfg)
+        error = error_at(ask_key, cfg, device, chip, u, task.query, t, cfg.compensate)
+        chip = network.later(chip, PERIOD)
+        kept, done = policy(keep_key, device, chip.readout, meta.g.readout, -AHEAD)
+        pulses = jnp.sum(fired, 0) + done.pulses
+        found = {"error": error, "pulses": pulses, "resets": done.resets}
+        return chip._replace(readout=kept), found
 
-    tasks = jax.random.split(life_key, N_LIFE), jnp.arange(float(N_LIFE))
-    return jax.lax.scan(task, chip.xbars.readout, tasks)[1]
+    keys = jax.random.split(key, N_LIFE)
+    return jax.lax.scan(meet, network.later(chip, cfg.tread), keys)[1]
+
+
+LIVES = {name: partial(lives, policy=policy) for name, policy in POLICIES.items()}
 
 
 SPANS = (1, 1), (2, 10), (41, N_LIFE)
 
 
 def show_wear(what, counts):
-    """Print what the devices [2, H, 1] of n chips took in N_LIFE tasks, counts [n, N_LIFE, 2, H,
-    1]; its summaries."""
+    """Print what the devices of n chips took in N_LIFE tasks, counts [n, N_LIFE, 2, H, n_out]; its
+    summaries."""
     of_device = np.sum(counts, 1)
     devices = (1, 2, 3)
     values = {
@@ -194,8 +203,8 @@ def show_wear(what, counts):
 def life(n, run):
     """50 tasks in sequence on one chip, with four ways to keep its readout."""
     numbers = {}
-    for name, policy in POLICIES.items():
-        found = tested(partial(lives, policy=policy), n, run)
+    for name, experiment in LIVES.items():
+        found = tested(experiment, n, run)
         print(name)
         of = {"error": train.summary(found["error"])}
         for first, last in SPANS:
@@ -212,66 +221,69 @@ def life(n, run):
 
 
 def first_tasks(key, meta, cfg, device):
-    """Squared errors, by label, of the same task that a new chip meets first at tread, or at
-    the age OLD."""
-    chip_key, learn_key = jax.random.split(key)
-    chip, trial = new_chip(chip_key, meta, cfg, device)
+    """Squared errors, by label, of the same task that a chip meets first at the age tread, and a
+    day after it, or at the age OLD."""
+    chip, u, task, key = scene(key, meta, cfg, device)
 
-    def at(age):  # the draws are the same at both ages
-        times = train.times_of_test(cfg, age)
-        return learn_and_test(learn_key, meta, cfg, device, chip, trial, times)[-1]
+    def at(age):
+        aged = network.later(chip, age)
+        measured = train.learn_and_test(key, meta, cfg, device, aged, u, task).measured
+        return measured["mse"][-1], measured["mse_day"]
 
-    young, old = jax.lax.map(at, jnp.array([cfg.tread, OLD]))
-    return {"first task": young, "first task, 10⁶ s old": old}
+    (young, old), (day, _) = jax.lax.map(at, jnp.array([cfg.tread, OLD]))
+    return {"first task": young, "a day after it": day, "first task, 10⁶ s old": old}
 
 
-def written(key, cfg, device, chip, w):
-    """Weights [H] as read at ttest from a readout whose programming to weights w [H] began at
-    tprog."""
+def solve(e, samples, ridge, start):
+    """Weights [H, n_out] of ridge regression of samples on traces e [L, H], towards weights
+    start."""
+    second = e.T @ (samples.share[:, None] * e)
+    eye = jnp.eye(len(second))
+    return jnp.linalg.solve(second + ridge * eye, e.T @ samples.y + ridge * start)
+
+
+def written(key, cfg, device, xbar, w):
+    """Weights [H, n_out] as read at ttest from a readout whose programming to weights w ended
+    with the last pulse of the meta-test."""
     write_key, read_key = jax.random.split(key)
-    wanted = writable(device, w[:, None])
-    ended = cfg.tprog + analog.MAX_STEPS * device.t_verify
-    done = analog.program(write_key, device, chip.xbars.readout, wanted, ended)
-    return network.read_readout(read_key, device, done.xbar, cfg.ttest)
+    wanted, ended = writable(device, w), train.times_of(cfg).pulses[-1]
+    done = analog.program(write_key, device, xbar, wanted, ended)
+    tile = network.Tile(done.xbar, network.total(device, wanted))
+    return network.read(read_key, device, tile, wait_of(cfg), cfg.compensate)
 
 
 def regression(key, meta, cfg, device):
-    """Squared errors of readouts of a chip that were found by regression on its noisy
-    traces, [RIDGES]: as computed, and as written to the chip and read; and of the best
+    """Squared errors of readouts of a chip that were found by regression on its traces as the
+    first look has them, [RIDGES]: as computed, and as written to the chip and read; and of the best
     readout for all inputs."""
-    chip_key, look_key, query_key, write_key = jax.random.split(key, 4)
-    chip, trial = new_chip(chip_key, meta, cfg, device)
-    times = train.times_of_test(cfg, cfg.tread)
-    looks = train.look_at(look_key, cfg, device, chip, times)
-    seen, support = looks.moments_at(0), trial.support
-    second = jnp.tensordot(support.share, seen.second, 1)
-    first = support.y @ seen.first
-    query = train.observe(query_key, cfg, device, chip, times.query).moments
-    eye = jnp.eye(len(first))
-    error = partial(train.squared_error, query, trial.query)
+    chip, u, task, key = scene(key, meta, cfg, device)
+    look_key, read_key, ask_key, write_key = jax.random.split(key, 4)
+    chip = network.later(chip, cfg.tread)
+    seen = train.observe(look_key, cfg, device, chip, u, 0.0).e
+    start = network.read(read_key, device, chip.readout, 0.0, False)
+    asked = train.observe(ask_key, cfg, device, chip, u, wait_of(cfg)).e
 
     def fit(ridge):
-        w = jnp.linalg.solve(second + ridge * eye, first + ridge * looks.readout)
-        on_chip = written(write_key, cfg, device, chip, w)
-        return {"ridge regression": error(w), "ridge, written": error(on_chip)}
+        w = solve(seen, task.support, ridge, start)
+        on_chip = written(write_key, cfg, device, chip.readout.xbar, w)
+        return {
+            "ridge regression": train.squared_error(asked, w, task.query),
+            "ridge, written": train.squared_error(asked, on_chip, task.query),
+        }
 
-    range_second = jnp.mean(query.second, 0) + 1e-5 * eye
-    range_first = trial.query.y @ query.first / len(query.first)
-    best = jnp.linalg.solve(range_second, range_first)
-    found = jax.lax.map(fit, jnp.array(RIDGES))
-    return {**found, "best readout of all inputs": error(best)}
+    best = solve(asked, task.query, 1e-5, start)
+    error = train.squared_error(asked, best, task.query)
+    return {**jax.lax.map(fit, jnp.array(RIDGES)), "best readout of all inputs": error}
 
 
 def chip_errors(n, run, device):
     """Errors of n chips of a device by label, those of ridge regression at all RIDGES."""
-    restored = partial(lives, policy=analog.program)
-    used = tested(restored, n, run, device)["error"]
-    faulty = tested(train.episode, n, run, device._replace(**STUCK)).measured["mse"]
+    used = tested(LIVES["restore"], n, run, device)["error"]
     return {
         **tested(first_tasks, n, run, device),
         "second task": used[:, 1],
         "tasks 41 to 50": np.mean(used[:, 40:], 1),
-        "1 % stuck": faulty[:, -1],
+        "1 % stuck": tested(last_error, n, run, device._replace(**STUCK)),
         "ridge, written": tested(regression, n, run, device)["ridge, written"],
     }
 
@@ -279,23 +291,20 @@ def chip_errors(n, run, device):
 def chips(n, run):
     """One network on new, old, used and faulty chips of all devices."""
     found = {}
-    for device in devices_for(run):
+    for name, device in devices_for(run).items():
         errors = chip_errors(n, run, device)
-        found[device.name] = {
-            label: show(f"{device.name}, {label}", x) for label, x in errors.items()
-        }
+        found[name] = {label: show(f"{name}, {label}", x) for label, x in errors.items()}
     return found, figures.bars(found)
 
 
 def compare(n, *runs):
     """Several networks, each on new and old chips of all devices, and their mean."""
-    found = {}
-    for k, run in enumerate(runs):
-        of = found[f"network {k}"] = {}
-        for device in devices_for(run):
-            for label, x in tested(first_tasks, n, run, device).items():
-                of[f"{device.name}, {label}"] = train.summary(x)
-    for label in of:
+    found = {f"network {k}": {} for k in range(len(runs))}
+    for name, device in devices_for(runs[0]).items():
+        for of, run in zip(found.values(), runs, strict=True):
+            errors = tested(first_tasks, n, run, device)
+            of |= {f"{name}, {label}": train.summary(x) for label, x in errors.items()}
+    for label in found["network 0"]:
         means = [of[label]["mean"] for of in found.values()]
         spread = " ".join(f"{x:.3f}" for x in means)
         print(f"  {label:<40}{np.mean(means):9.3f}   each {spread}")
@@ -305,106 +314,94 @@ def compare(n, *runs):
 # ---- drift ---------------------------------------------------------------------------------------
 
 
-def kept(key, cfg, device, chip, readout, reference, trial, t):
-    """Squared errors at time t (s) of a readout that was adapted long before, by
-    compensation; reference is its Σ G (µS) soon after."""
-    hidden_key, readout_key = jax.random.split(key)
-    g = analog.read(readout_key, device, readout, t)
-    w = analog.weights(device, g)[:, 0]
+def kept(key, cfg, device, chip, u, query):
+    """Squared errors, by what is compensated, of a chip that learned a task before, at its time
+    0."""
 
-    def error(compensate, w):
-        settings = dataclasses.replace(cfg, compensate=compensate)
-        moments = train.observe(hidden_key, settings, device, chip, t).moments
-        return train.squared_error(moments, trial.query, w)
+    def error(hidden, readout):
+        settings = dataclasses.replace(cfg, compensate=hidden)
+        return error_at(key, settings, device, chip, u, query, 0.0, readout)
 
-    scaled = w * reference / jnp.sum(g)
     return {
-        "adapted once": error(False, w),
-        "adapted once, hidden layers compensated": error(True, w),
-        "adapted once, all layers compensated": error(True, scaled),
+        "learned before, all layers compensated": error(True, True),
+        "learned before, readout not compensated": error(True, False),
+        "learned before, nothing compensated": error(False, False),
     }
 
 
 def aged(key, meta, cfg, device):
-    """Squared errors [ages] of one chip by what was done, times in seconds since
-    deployment."""
-    chip_key, trial_key, learn_key, scale_key, ages_key = jax.random.split(key, 5)
-    chip, first = new_chip(chip_key, meta, cfg, device)
-    second = train.draw_trial(trial_key, cfg)
-    times = train.times_of_test(cfg, cfg.tread)
-    (*_, readout), _ = learn(learn_key, meta, cfg, device, chip, first, times)
-    seen = analog.read(scale_key, device, readout, times.pulses[-1] + device.t0)
+    """Squared errors [RESTS] of one chip by what it did: it learned a task and rested; it was new
+    and that old; it rested and was restored, which begins then, and learned a second task."""
+    chip, u, first, key = scene(key, meta, cfg, device)
+    first_key, task_key, ask_key, keep_key, second_key = jax.random.split(key, 5)
+    learned = partial(train.learn_and_test, first_key, meta, cfg, device)
+    used = learned(network.later(chip, cfg.tread), u, first).chip
+    second = train.family_of(cfg).task(task_key)
+    last, took = train.times_of(cfg).pulses[-1], analog.MAX_STEPS * device.t_verify
 
-    def at(inputs):
-        key, age = inputs
-        kept_key, fresh_key, program_key, again_key = jax.random.split(key, 4)
-        times = train.times_of_test(cfg, age)
-        wanted = meta.g.readout
-        new = analog.program(program_key, device, readout, wanted, age - AHEAD)
-
-        def learned(key, chip, trial):
-            return learn_and_test(key, meta, cfg, device, chip, trial, times)[-1]
-
-        errors = kept(
-            kept_key, cfg, device, chip, readout, jnp.sum(seen), first, times.query
-        )
-        again = learned(again_key, with_readout(chip, new.xbar), second)
+    def at(rest):
+        rested = network.later(used, last + rest)
+        errors = kept(ask_key, cfg, device, rested, u, first.query)
+        readout, _ = restore(keep_key, device, rested.readout, meta.g.readout, took)
+        new = network.later(rested._replace(readout=readout), took + AHEAD)
+        again = train.learn_and_test(second_key, meta, cfg, device, new, u, second)
+        fresh = learned(network.later(chip, rest), u, first)
         return {
             **errors,
-            "first adapted at that age": learned(fresh_key, chip, first),
-            "second task at that age, restored before": again,
+            "first task of a chip that old": fresh.measured["mse"][-1],
+            "second task, readout restored before": again.measured["mse"][-1],
         }
 
-    return jax.lax.map(at, (jax.random.split(ages_key, len(AGES)), jnp.array(AGES)))
+    return jax.lax.map(at, jnp.array(RESTS))
 
 
 def drift(n, run):
     """How a task that was learned ages, and how an old chip learns."""
     found = {}
     for label, values in tested(aged, n, run).items():
-        for age, column in zip(AGES, values.T, strict=True):
-            show(f"{label}, {age:g} s", column)
+        for rest, column in zip(RESTS, values.T, strict=True):
+            show(f"{label}, {rest:g} s", column)
         found[label] = train.summary(values)
-    figure = figures.lines(AGES, found, "age of the chip (s)", "log")
-    return {"age": AGES, **found}, figure
+    x = "time since the last pulse, or age of the chip (s)"
+    return {"rest": RESTS, **found}, figures.lines(RESTS, found, x, "log")
 
 
 # ---- limits --------------------------------------------------------------------------------------
 
-# Constants of a device of the family nandakumar.
-PULSE_NOISE = {"set_std_slope": 0.0, "set_std_offset": 0.0, "set_std_history": 0.0}
-READ_NOISE = {"read_slope": 0.0, "read_offset": 0.0}
-DRIFT = {"nu_mean": 0.0, "nu_std": 0.0}
-OTHER_DEVICES = {
-    "no pulse noise": PULSE_NOISE,
-    "no read noise": READ_NOISE,
-    "no drift": DRIFT,
-    "no noise, no drift": PULSE_NOISE | READ_NOISE | DRIFT,
-    "1 % of devices stuck": STUCK,
-}
+PULSE_NOISE = "set_std_slope", "set_std_offset", "set_std_history"
+READ_NOISE = "read_slope", "read_offset", "read_scale"
+DRIFT = "nu_mean nu_std nu_slope nu_offset nu_low nu_high".split()
+DRIFT += "nu_std_slope nu_std_offset nu_std_low nu_std_high".split()
+
+
+def without(device, *constants):
+    """The device with these of its constants, and of those of its law, at 0."""
+
+    def zero(part):
+        return part._replace(**{name: 0.0 for name in constants if name in part._fields})
+
+    return zero(device)._replace(law=zero(device.law))
 
 
 def others_of(device):
-    """The device with other constants, as far as it has them, by label."""
-    known = analog.describe(device)
+    """The device with other constants, by label."""
     return {
-        label: analog.from_constants(known | constants)
-        for label, constants in OTHER_DEVICES.items()
-        if constants.keys() <= known.keys()
+        "as it is": device,
+        "no pulse noise": without(device, *PULSE_NOISE),
+        "no read noise": without(device, *READ_NOISE),
+        "no drift": without(device, *DRIFT),
+        "no noise, no drift": without(device, *PULSE_NOISE, *READ_NOISE, *DRIFT),
+        "1 % of devices stuck": device._replace(**STUCK),
     }
 
 
 def limits(n, run):
     """What is left of the error on other devices; bounds of any rule for the readout."""
-    found = {}
-    for label, device in {"as it is": None, **others_of(run.devices[0])}.items():
-        mse = tested(train.episode, n, run, device).measured["mse"]
-        found[label] = show(label, mse[:, -1])
-    exact = dataclasses.replace(run.cfg, off_noise=0.0)
-    programmed = partial(train.episode, make=partial(train.injected, exact))
-    mse = tested(programmed, n, run).measured["mse"]
-    others = {"no programming error": mse[:, -1], **tested(regression, n, run)}
-    found |= {label: show(label, errors) for label, errors in others.items()}
+    others = others_of(next(iter(run.devices.values())))
+    errors = {label: tested(last_error, n, run, device) for label, device in others.items()}
+    exact = partial(last_error, make=analog.fabricate)
+    errors |= {"no programming error": tested(exact, n, run), **tested(regression, n, run)}
+    found = {label: show(label, x) for label, x in errors.items()}
     return found, figures.bars({"after adaptation": found})
 
 
@@ -412,33 +409,33 @@ def limits(n, run):
 
 
 def walk(w, gradient):
-    """|ΔW| [100, H] of the steps that Adam at 10⁻³ takes from weights w [H]."""
+    """|ΔW| [100, H, n_out] of the steps that Adam at 10⁻³ takes from weights w [H, n_out]."""
 
     def one(state, step):
-        w, memory = state
-        move, memory = memory.move(step, gradient(w))
-        return (w + 1e-3 * move, memory), 1e-3 * jnp.abs(move)
+        direction, state = train.adam(state, gradient(state.meta), step)
+        move = 1e-3 * direction
+        return state._replace(meta=state.meta + move), jnp.abs(move)
 
-    return jax.lax.scan(one, (w, train.Adam.start(w)), jnp.arange(100.0))[1]
+    zero = jnp.zeros_like(w)
+    return jax.lax.scan(one, train.State(w, zero, zero), jnp.arange(100.0))[1]
 
 
 def moves(key, meta, cfg, device):
-    """|ΔW| of one adaptation's pulses [H], 0 where there was none, and of 100 steps of Adam
-    on the same task [100, H]."""
-    chip_key, learn_key, look_key = jax.random.split(key, 3)
-    chip, trial = new_chip(chip_key, meta, cfg, device)
-    times = train.times_of_test(cfg, cfg.tread)
-    readouts, pulses = learn(learn_key, meta, cfg, device, chip, trial, times)
-    moved = analog.weights(device, readouts[-1].g - readouts[0].g)[:, 0]
-    fired = jnp.any(sum(pulses) > 0, 0)[:, 0]
-    looks = train.look_at(look_key, cfg, device, chip, times)
-
-    def gradient(w):
-        return 2 * train.residual(looks.moments_at(0), trial.support, w)
-
+    """|ΔW| of the looks of an adaptation [n_inner, H, n_out], 0 where no pulse was fired, and of
+    100 steps of Adam on the same task [100, H, n_out]."""
+    chip, u, task, key = scene(key, meta, cfg, device)
+    learn_key, see_key, read_key = jax.random.split(key, 3)
+    chip = network.later(chip, cfg.tread)
+    readouts, pulses = learn(learn_key, meta, cfg, device, chip, u, task)
+    g = jnp.concatenate([chip.readout.xbar.g[None], readouts.xbar.g])
+    moved = jax.vmap(partial(analog.weights, device))(jnp.diff(g, axis=0))
+    fired = jnp.any(pulses > 0, 1)
+    e = train.observe(see_key, cfg, device, chip, u, 0.0).e
+    w = network.read(read_key, device, chip.readout, 0.0, False)
+    steps = walk(w, lambda w: train.delta_rule(e, w, task.support))
     return {
         "meta-learned pulses": jnp.where(fired, jnp.abs(moved), 0.0),
-        "Adam at 0.001": walk(looks.readout, gradient),
+        "Adam at 0.001": steps,
     }
 
 
@@ -452,9 +449,7 @@ def updates(n, run):
         low, median, high = np.quantile(positive, (0.05, 0.5, 0.95)).tolist()
         numbers[label] = {"quantiles 0.05, 0.5, 0.95": [low, median, high]}
         drawn[label] = positive
-        print(
-            f"  |ΔW| of {label:<48} median {median:.1e}, 90 % from {low:.1e} to {high:.1e}"
-        )
+        print(f"  |ΔW| of {label:<48} median {median:.1e}, 90 % from {low:.1e} to {high:.1e}")
     return numbers, figures.histograms(drawn, "|ΔW| of a synapse in one step")
 
 
@@ -473,27 +468,31 @@ def parse(argv):
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--n", type=int, default=256, help="chips (default: 256)")
-    parser.add_argument(
-        "--out", type=Path, default=FOLDER / "gallery", help="folder of figures"
-    )
+    parser.add_argument("--out", type=Path, default=FOLDER / "gallery", help="folder of figures")
     given = parser.parse_args(argv)
     if len(given.runs) > 1 and given.study != "compare":
-        train.stop(f"{given.study} takes one run folder")
+        raise train.Refused(f"{given.study} takes one run folder")
     if given.n < 1:
-        train.stop("--n must be at least 1")
+        raise train.Refused("--n must be at least 1")
     return given
 
 
-def main(argv=None):
-    """Run a study."""
-    train.configure_backend()
-    given = parse(argv)
+def execute(given):
+    """Run a study and write what it found."""
     runs = [train.load(folder) for folder in given.runs]
     numbers, figure = STUDIES[given.study](given.n, *runs)
-    path = given.out / (given.study + train.suffix_of(runs[0].devices[0]))
+    path = given.out / (given.study + train.suffix_of(next(iter(runs[0].devices))))
     train.write(path.with_suffix(".png"), figures.png(figure))
     train.write_json(path.with_suffix(".json"), numbers)
     print(f"figure in {path}.png, numbers in {path}.json")
+
+
+def main(argv=None):
+    """Run the command line."""
+    with train.one_line_errors():
+        given = parse(argv)
+        train.configure_backend()
+        execute(given)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python tests/benchmark.py --accelerator    # of this code only: many tasks, many
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -15,33 +16,36 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLD = "5e4539d"
+OLD = "10bc5ca"
 
-# Each prints the ms of a meta-iteration; the first chunk compiles and is not timed.
-OLD_CODE = """
-import sys, time
-import train
-train.configure_devices()
-n_inner, n = map(int, sys.argv[1:])
-cfg, device = train.configure(dict(n_inner=n_inner))
-state = train.start(cfg, device)
-for _ in range(2):
-    began = time.perf_counter()
-    train.jax.block_until_ready(train.train_chunk(cfg, device, state, 0, n))
-print(1e3*(time.perf_counter() - began)/n)
-"""
+# What both are compared at, and what the old code needs to do the same.
+SAME = {
+    "device": "pcm,pcm_history",
+    "n_inner": 8,
+    "n_bits": 2,
+    "n_h0": 64,
+    "n_h1": 128,
+    "batch_train": 128,
+    "n_chips": 1,
+    "tlook": 20.0,
+    "max_age": 1e7,
+}
+OLD_ALONE = {"twait": 150.0, "gain_out": 0.15}
 
-NEW_CODE = """
+# Prints the ms of a meta-iteration; the first chunk compiles and is not timed.
+CODE = """
 import json, sys, time
 import numpy as np, train
 train.configure_backend()
 flags, n = json.loads(sys.argv[1]), int(sys.argv[2])
-cfg, devices = train.configure(flags if isinstance(flags, dict) else dict(n_inner=flags))
-state = train.start(cfg, devices)
+cfg, lot = train.configure(flags)
+if hasattr(train, "lot_of"):
+    lot = train.lot_of(cfg, lot)
+state = train.start(cfg, lot)
 for _ in range(2):
     began = time.perf_counter()
     train.jax.block_until_ready(
-        train.train_chunk(cfg, devices, state, train.stream(cfg, 1), np.arange(n)))
+        train.train_chunk(cfg, lot, state, train.stream(cfg, 1), np.arange(n)))
 print(1e3*(time.perf_counter() - began)/n)
 """
 
@@ -75,9 +79,9 @@ def on_cores(cores, *command):
     return "taskset", "-c", ",".join(map(str, range(cores))), *command
 
 
-def milliseconds(scripts, code, cores, argument, n):
+def milliseconds(scripts, cores, flags, n):
     """Time of a meta-iteration, by a process of its own on so many cores."""
-    command = on_cores(cores, sys.executable, "-c", code, argument, str(n))
+    command = on_cores(cores, sys.executable, "-c", CODE, json.dumps(flags), str(n))
     environment = {**os.environ, "PYTHONPATH": str(scripts)}
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
@@ -104,14 +108,12 @@ def show(what, old, new, unit):
 
 
 def compare(old, rounds, n):
-    """Print the times of a meta-iteration of old and new code, taken in turn."""
-    for n_inner in ("1", "4"):
-        for cores in (1, 2):
-            times = [], []
-            for _ in range(rounds):
-                times[0].append(milliseconds(old, OLD_CODE, cores, n_inner, n))
-                times[1].append(milliseconds(ROOT, NEW_CODE, cores, n_inner, n))
-            show(f"n_inner {n_inner}, cores: {cores}", *times, "ms")
+    """Print the times of a meta-iteration of old and new code, taken in turn on one core."""
+    times = [], []
+    for _ in range(rounds):
+        times[0].append(milliseconds(old, 1, SAME | OLD_ALONE, n))
+        times[1].append(milliseconds(ROOT, 1, SAME, n))
+    show("8 looks, 64 and 128 neurons", *times, "ms")
 
 
 def seconds_of_a_run(scripts, flags):
@@ -141,15 +143,15 @@ def compare_whole(folder, rounds, flags):
 
 
 MANY = {
-    "1 chip x 256 tasks": '{"batch_train": 256}',
-    "16 chips x 4,096 tasks": '{"n_chips": 16, "batch_train": 4096}',
+    "2 chips x 128 tasks": {"batch_train": 256},
+    "32 chips x 2,048 tasks": {"n_chips": 16, "batch_train": 4096},
 }
 
 
 def accelerator(folder, n):
     """Print the times of this code on whatever JAX finds."""
     for what, flags in MANY.items():
-        took = milliseconds(ROOT, NEW_CODE, None, flags, n)
+        took = milliseconds(ROOT, None, SAME | flags, n)
         print(f"{what:<32}{took / 1e3:9.5f} s per meta-iteration", flush=True)
     took = seconds_of_a_run(copy(folder / "new"), [])
     print(f"{'python train.py, whole':<32}{took:9.1f} s")

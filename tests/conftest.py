@@ -2,7 +2,6 @@
 above."""
 
 import contextlib
-import functools
 import io
 import os
 import subprocess
@@ -22,18 +21,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import analog
+import network
 import train
 
 jax.config.update("jax_debug_nans", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 TINY = (
-    "--n_rows 2 --n_h0 5 --n_h1 4 --batch_train 4 --task_size 3 --dac_bits 3 --batch_test 5 "
-    "--n_iter 6 --lr_drop 3 --off_noise 0.05"
+    "--n_rows 2 --n_h0 5 --n_h1 4 --n_inner 2 --batch_train 4 --task_size 3 --dac_bits 3 "
+    "--batch_test 5 --n_iter 6 --lr_drop 3 --off_noise 0.05"
 ).split()
 
 
@@ -41,10 +42,10 @@ TINY = (
 def x64():
     """Double precision for one test."""
     jax.config.update("jax_enable_x64", True)
-    analog.programming_error.cache_clear()  # as its draws depend on the precision
+    analog.program_table.cache_clear()  # as its draws depend on the precision
     yield
     jax.config.update("jax_enable_x64", False)
-    analog.programming_error.cache_clear()
+    analog.program_table.cache_clear()
 
 
 @pytest.fixture
@@ -84,14 +85,26 @@ def launch(folder, *arguments, **variables):
 
 def arrays(folder):
     """The arrays of a run's checkpoint by name."""
-    with np.load(folder / "checkpoint.npz") as file:
+    with np.load(Path(folder) / "checkpoint.npz") as file:
         return {name: file[name] for name in file.files}
 
 
 # ---- runs of stand-ins, where only what is around the computation is tested ----------------------
 
 
-def quick_chunk(cfg, devices, state, key, steps):
+@jax.jit(static_argnums=0)
+def quick_start(cfg, lot):
+    """Stands for train.start: all conductances as low as they go."""
+    n_h0, n_h1 = train.sizes_of(cfg)
+    shapes = [(2, 2 * cfg.n_rows, n_h0), (2, n_h0 + 1, n_h1), (2, n_h1, 1)]
+    *hidden, readout = [jnp.full(shape, lot.low, float) for shape in shapes]
+    log_theta = jnp.zeros((cfg.n_inner, 1 if cfg.shared_thr else n_h1, 1))
+    meta = train.Meta(network.Network(tuple(hidden), readout), log_theta)
+    zero = jax.tree.map(jnp.zeros_like, meta)
+    return train.State(meta, zero, zero)
+
+
+def quick_chunk(cfg, lot, state, key, steps):
     """Stands for train.train_chunk: every iteration moves the state by its own random
     number."""
     time.sleep(0.02)
@@ -100,38 +113,39 @@ def quick_chunk(cfg, devices, state, key, steps):
         "loss": float(sum(moves)),
         "pulses": 3.0,
         "rates": np.full(2, 100.0),
+        "silent": np.full(2, 0.25),
+        "spikes": 90.0,
     }
     return jax.tree.map(lambda x: x + np.float32(sum(moves)), state), measured
 
 
-def quick_test(cfg, key, meta):
-    """Stands for a compiled meta-test: random numbers that depend on the network."""
-    n = cfg.batch_test
+def quick_reported(key, meta, cfg, device):
+    """Stands for train.reported, whose shapes are not needed here."""
+    return meta
+
+
+def quick_test(experiment, cfg, device, n, key, meta):
+    """Stands for train.test: random numbers that depend on the network."""
     random = np.random.default_rng(abs(int(1e3 * np.sum(meta.log_theta))))
-    looks = (n, cfg.n_inner + 1)
-    measured = {"mse": random.random(looks), "mse_last": random.random(looks)}
-    measured |= {name: random.random(n) for name in ("pulses", "touched", "dw")}
-    measured["rates"] = random.random((n, 2))
-    trial = jax.vmap(lambda key: train.draw_trial(key, cfg))(jax.random.split(key, n))
-    curves = random.random((n, 3, 2**cfg.dac_bits))
-    return train.Episode(measured, jax.device_get(trial), curves)
-
-
-def quick_tests(run):
-    """Stands for train.compile_tests."""
-    one = functools.partial(quick_test, run.cfg)
-    return {device.name: one for device in run.devices}
+    measured = {"mse": random.random((n, cfg.n_inner + 1))}
+    measured |= {name: random.random((n, 2)) for name in ("rates", "silent")}
+    of_one = set(train.MEASURED) - set(measured)
+    measured |= {name: random.random(n) for name in sorted(of_one)}
+    task = jax.vmap(train.family_of(cfg).task)(jax.random.split(key, n))
+    outputs = random.random((n, 2, 2**cfg.dac_bits, 1))
+    return train.Episode(measured, task, outputs, None)
 
 
 def quick_draw(run, episodes, results, folder):
     """Stands for train.draw: no figure."""
-    return []
 
 
 QUICK = {
     "CHUNK": 2,
+    "start": quick_start,
     "train_chunk": quick_chunk,
-    "compile_tests": quick_tests,
+    "reported": quick_reported,
+    "test": quick_test,
     "draw": quick_draw,
 }
 

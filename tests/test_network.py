@@ -16,61 +16,62 @@ import network
 from analog import PCM
 
 KEY = jax.random.key(5)
-SIZES = (7, 6), (5, 6, 4)
+# neurons of each layer, inputs, outputs, rows of an input
+SHAPES = ((7, 6), 1, 1, 1), ((5, 6, 4), 2, 2, 3)
 
 
-start = jax.jit(network.start, static_argnums=(1, 2, 3))
+start = jax.jit(network.start, static_argnums=(2, 3, 4, 5))
 
 
 # ---- neurons -------------------------------------------------------------------------------------
 
 
-def case(sizes):
-    """Dynamics, weights of a network that spikes, and inputs."""
+def case(shape):
+    """Dynamics, weights of a network that spikes, and inputs [L, n_in]."""
+    sizes, n_in, n_out, _ = shape
     decays = np.exp(-np.arange(1, len(sizes) + 1) / 10).tolist()
     layers = tuple(map(network.Lif, decays))
-    g = start(KEY, PCM, sizes, 1)
-    hidden = tuple(1.7 * analog.weights(PCM, g) + 0.05 for g in g.hidden)
-    readout = jax.random.normal(KEY, (sizes[-1],))
-    u = jnp.linspace(-5.0, 5.0, 9)
-    return network.Dynamics(layers, 0.6, 0.7), network.Network(hidden, readout), u
+    g = start(KEY, PCM, *shape)
+    first, *later = [1.7 * analog.weights(PCM, x) + 0.05 for x in g.hidden]
+    first += 0.3 * jax.random.normal(KEY, first.shape)  # no two rows of an input are alike
+    readout = jax.random.normal(KEY, (sizes[-1], n_out))
+    u = jax.random.uniform(KEY, (9, n_in), minval=-5.0, maxval=5.0)
+    return network.Dynamics(0.4, layers, 0.6, 0.7), network.Network((first, *later), readout), u
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_simulation_equals_a_plain_loop(x64, sizes):
-    dynamics, w, u = case(sizes)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_simulation_equals_a_plain_loop(x64, shape):
+    dynamics, w, u = case(shape)
     spikes, traces = oracle.loop(dynamics, w.hidden, u)
     assert 0.02 < spikes[-1].mean() < 0.98
-    activity = jax.jit(partial(network.simulate, dynamics))(w.hidden, u)
-    rates = [1000 * np.mean(z, (0, 2)) for z in spikes]
+    activity = jax.jit(partial(network.present, dynamics))(w.hidden, u)
     np.testing.assert_allclose(activity.e, traces, atol=1e-12)
-    np.testing.assert_allclose(network.rates(activity).T, rates, rtol=1e-12)
+    for rates, z in zip(network.rates(activity), spikes, strict=True):
+        np.testing.assert_allclose(rates, 1000 * np.mean(z, (0, 1)), rtol=1e-12)
 
 
-def test_yardstick_equals_a_plain_loop(x64):
-    dynamics, w, u = case(SIZES[1])
+def test_step_by_step_equals_a_plain_loop(x64):
+    dynamics, w, u = case(SHAPES[1])
     _, traces = oracle.loop(dynamics, w.hidden, u)
-    expected = traces @ np.asarray(w.readout)
-    outputs = jax.vmap(partial(oracle.output, dynamics, w), out_axes=1)(u)
+    expected = traces[-1] @ np.asarray(w.readout)
+    outputs = jax.vmap(partial(oracle.output, dynamics, w))(u)
     np.testing.assert_allclose(outputs, expected, atol=1e-12)
-    y = jnp.sin(u)
+    y = jnp.concatenate([jnp.sin(u), u], 1)[:, 1:3]
     error = oracle.squared_error(dynamics, w, u, y)
-    np.testing.assert_allclose(
-        error, np.mean((expected - np.asarray(y)) ** 2), rtol=1e-12
-    )
+    plain = np.mean(np.sum((expected - np.asarray(y)) ** 2, 1))
+    np.testing.assert_allclose(error, plain, rtol=1e-12)
 
 
 def test_gradient_equals_that_of_single_time_steps(x64):
-    dynamics, w, u = case(SIZES[1])
-    probe = jax.random.normal(KEY, (network.N_STEPS, len(u)))
+    dynamics, w, u = case(SHAPES[1])
+    probe = jax.random.normal(KEY, (len(u), 2))
 
     def whole(w):
-        e = network.simulate(dynamics, w.hidden, u).e
+        e = network.present(dynamics, w.hidden, u).e[-1]
         return jnp.sum(probe * (e @ w.readout) ** 2)
 
     def step_by_step(w):
-        outputs = jax.vmap(partial(oracle.output, dynamics, w))(u)  # [L, T]
-        return jnp.sum(probe * outputs.T**2)
+        return jnp.sum(probe * jax.vmap(partial(oracle.output, dynamics, w))(u) ** 2)
 
     found = jax.jit(jax.grad(whole))(w)
     expected = jax.jit(jax.grad(step_by_step))(w)
@@ -86,9 +87,7 @@ def test_derivative_of_a_spike_is_that_of_the_fast_sigmoid():
     assert network.spike(u).tolist() == [0, 0, 1, 1]
     assert np.all(network.spike(0 * u) == 0)
     np.testing.assert_allclose(first(u), 1 / (1 + np.abs(u)) ** 2, rtol=1e-6)
-    np.testing.assert_allclose(
-        second(u), -2 * np.sign(u) / (1 + np.abs(u)) ** 3, rtol=1e-6
-    )
+    np.testing.assert_allclose(second(u), -2 * np.sign(u) / (1 + np.abs(u)) ** 3, rtol=1e-6)
 
 
 # ---- input and start -----------------------------------------------------------------------------
@@ -107,39 +106,71 @@ def test_input_converter(n_bits):
     assert np.abs(converted - x).max() <= 5 / n + 1e-5
 
 
-def test_start():
-    g = start(KEY, PCM, (40, 30, 20), 3)
+@pytest.mark.parametrize("n_in, largest", [(1, 1.0), (25, 0.8)])
+def test_start(n_in, largest):
+    """Uniform weights, those of later layers as Glorot and Bengio have them; no bias, and the rows
+    of an input alike; one device of a pair carries the weight."""
+    g = start(KEY, PCM, (40, 30, 20), n_in, 2, 3)
     shapes = [x.shape for x in jax.tree.leaves(g)]
-    assert shapes == [(2, 6, 40), (2, 41, 30), (2, 31, 20), (2, 20, 1)]
+    assert shapes == [(2, 3 * (n_in + 1), 40), (2, 41, 30), (2, 31, 20), (2, 20, 2)]
     first, *later = [analog.weights(PCM, x) for x in g.hidden]
-    for half in np.split(first, 2):
-        assert np.all(half == half[0])
-    assert 0.9 < np.abs(first).max() <= 1
+    rows = first.reshape(n_in + 1, 3, 40)
+    assert np.all(rows == rows[:, :1])
+    assert 0.9 * largest < np.abs(first).max() <= largest * 1.0001
     for w, n in zip(later, (70, 50), strict=True):
         bound = (6 / n) ** 0.5
-        largest = np.abs(w[:-1]).max()
-        assert 0.95 * bound < largest < 1.0001 * bound
+        assert 0.95 * bound < np.abs(w[:-1]).max() < 1.0001 * bound
         assert np.all(w[-1] == 0)  # the bias
     for x in g.hidden:
-        assert np.all(np.min(x, 0) == np.float32(PCM.g_min))  # one-sided pairs
+        assert np.all(np.min(x, 0) == np.float32(PCM.g_min))
     np.testing.assert_allclose(g.readout, 0.5, rtol=1e-6)
 
 
 # ---- chips ---------------------------------------------------------------------------------------
 
+# Without noise, and all devices drift alike.
+EQUAL = PCM._replace(law=analog.Nandakumar(0.04, 0.0, 0.0, 0.0))
 LEVELS = np.array([2.0, 8.0, 4.0])  # µS, of all devices of a crossbar
 
 
-def chip_of(device, error_share):
-    """Chip of three crossbars of 4,000 devices, programmed with an error of that share of
-    G."""
+def parts(network):
+    """The values of a network: of hidden layers, then of the readout."""
+    return *network.hidden, network.readout
 
-    def make(key, device, g):
-        return analog.fabricate(key, device, g, error_share * g)
 
-    *hidden, readout = [jnp.full((2, 50, 40), level) for level in LEVELS.tolist()]
-    g = network.Network(tuple(hidden), readout)
+def ramp(first, last, shape):
+    """Array from first to last."""
+    return jnp.linspace(first, last, np.prod(shape)).reshape(shape)
+
+
+SHAPE = 2, 50, 40  # of every crossbar here
+# The readout has devices at g_min, which drift below the range of the converter.
+CELLS = network.Network((ramp(2, 9, SHAPE), ramp(9, 2, SHAPE)), ramp(0.1, 7, SHAPE))
+
+
+@partial(jax.jit, static_argnames="make")
+def chip_of(device, g, make=analog.fabricate):
+    """A chip of the conductances g."""
     return network.assemble(KEY, device, make, g)
+
+
+@jax.jit
+def read(key, device, chip, t):
+    """Weights of all crossbars, hidden ones first: as they are read, and compensated."""
+    return [parts(network.each(network.read, key, device, chip, t, on)) for on in (False, True)]
+
+
+def with_error(key, device, target):
+    """A crossbar programmed with an error of 5 % of its target."""
+    table = analog.EXACT._replace(target=np.array([0.0, 12.0]), std=np.array([0.0, 0.6]))
+    mean, age = np.zeros((2, 2))
+    return analog.fabricate(key, device, target, table._replace(mean=mean, age=age))
+
+
+def blocks(device, make=analog.fabricate):
+    """Chip of three crossbars of 4,000 devices at LEVELS."""
+    *hidden, readout = [jnp.full(SHAPE, level) for level in LEVELS.tolist()]
+    return chip_of(device, network.Network(tuple(hidden), readout), make)
 
 
 def assert_own(samples, std):
@@ -152,87 +183,108 @@ def assert_own(samples, std):
 
 
 def test_each_crossbar_has_errors_and_drift_of_its_own():
-    xbars = chip_of(PCM, 0.05).xbars
     errors, drifts = [], []
-    for xbar, level in zip((*xbars.hidden, xbars.readout), LEVELS, strict=True):
-        errors.append(np.ravel(xbar.g) - level)
-        drifts.append(np.ravel(xbar.nu))
+    for tile, level in zip(parts(blocks(PCM, with_error)), LEVELS, strict=True):
+        errors.append(np.ravel(tile.xbar.g) - level)
+        drifts.append(np.ravel(tile.xbar.nu))
     assert_own(np.array(errors + drifts), [*0.05 * LEVELS, 0.008, 0.008, 0.008])
 
 
-def test_each_crossbar_is_read_with_noise_of_its_own(monkeypatch):
+def test_each_crossbar_is_read_with_noise_of_its_own():
     """Every read, too."""
-    monkeypatch.setattr(network, "mean_over_rows", lambda w: w)
     still = PCM._replace(law=PCM.law._replace(nu_mean=0.0, nu_std=0.0))
-    chip = chip_of(still, 0.0)
-    reads = []
-    for key in jax.random.split(KEY):
-        reads += network.read_hidden(key, still, chip, 100.0, False)
-    samples = [np.ravel(w) for w in reads]
-    std = (
-        2**0.5 * (0.03 * LEVELS[:2] + 0.13) / 11.9
-    )  # of the weight of two equal devices
-    assert_own(np.array(samples), [*std, *std])
+    chip = blocks(still)
+    reads = [w for key in jax.random.split(KEY) for w in read(key, still, chip, 100.0)[0]]
+    samples = np.array([np.ravel(w) for w in reads])
+    std = 2**0.5 * (0.03 * LEVELS + 0.13) / 11.9  # of the weight of two equal devices
+    assert_own(samples, [*std, *std])
 
 
-def ramp(first, last, shape):
-    """Array from first to last."""
-    return jnp.linspace(first, last, np.prod(shape)).reshape(shape)
+# ---- drift compensation --------------------------------------------------------------------------
 
 
-CELLS = network.Network(
-    (ramp(2, 9, (2, 6, 5)), ramp(9, 2, (2, 6, 5))), ramp(2, 7, (2, 5, 1))
-)
+@jax.jit
+def fire(device, xbar, counts, t):
+    """The crossbar after at most one pulse of each device at time t (s), and those fired."""
+    return analog.fire(KEY, device, xbar, counts, 1, t)
 
 
-# Without noise, and all devices drift alike.
-EQUAL = PCM._replace(law=analog.Nandakumar(0.04, 0.0, 0.0, 0.0))
+def test_compensation_undoes_drift_that_is_equal():
+    """In every crossbar, that of the readout too, whose lowest devices the converter clips."""
+    chip, t = chip_of(EQUAL, CELLS), 1e6
+    left = (t / 38.6) ** -0.04
+    plain, compensated = read(KEY, EQUAL, chip, t)
+    for g, drifted, restored in zip(parts(CELLS), plain, compensated, strict=True):
+        seen = np.maximum(left * np.asarray(g, float), 0.1)
+        w = (seen[0] - seen[1]) / 11.9
+        np.testing.assert_allclose(drifted, w, atol=1e-6)
+        np.testing.assert_allclose(restored, w / left, atol=1e-6)
+        kept = np.min(g, 0) > 0.2  # neither device is clipped
+        expected = np.asarray(analog.weights(EQUAL, g))[kept]
+        np.testing.assert_allclose(restored[kept], expected, atol=1e-6)
 
 
-def test_a_weight_of_layer_0_is_the_mean_over_its_rows():
-    of_input, of_bias = np.random.default_rng(0).normal(size=(2, 3, 5))
-    found = network.mean_over_rows(jnp.concatenate([of_input, of_bias]))
-    expected = [sum(of_input) / 3, network.BIAS * sum(of_bias) / 3]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+def test_a_crossbar_is_compensated_by_one_number():
+    """Σ of what it was programmed to, over Σ of what is read, whatever each device does."""
+    spread = PCM._replace(law=analog.Nandakumar(0.04, 0.02, 0.0, 0.0))
+    chip, t = chip_of(spread, CELLS, with_error), 1e6
+    plain, compensated = read(KEY, spread, chip, t)
+    for tile, g, w, scaled in zip(parts(chip), parts(CELLS), plain, compensated, strict=True):
+        xbar = jax.tree.map(lambda x: np.asarray(x, float), tile.xbar)
+        present = xbar.g * (t / 38.6) ** -xbar.nu
+        factor = np.sum(np.asarray(g, float)) / present.sum()
+        assert factor > 1.1
+        np.testing.assert_allclose(scaled, factor * np.asarray(w), atol=1e-5)
 
 
-def with_nu_by_neuron(xbar):
-    """The crossbar with a drift exponent for each of its columns."""
-    nu = jnp.linspace(0.02, 0.06, xbar.nu.shape[-1])
-    return xbar._replace(nu=jnp.broadcast_to(nu, xbar.nu.shape))
+def test_compensation_where_devices_are_stuck():
+    """The sums count stuck devices too: 5 % of them leave an error of a few per cent."""
+    device = EQUAL._replace(stuck_low=0.03, stuck_high=0.02)
+    plus, minus, t = 6.0, 2.0, 1e6
+    g = jnp.stack([jnp.full(SHAPE[1:], plus), jnp.full(SHAPE[1:], minus)])
+    chip = chip_of(device, network.Network((g, g), g))
+    left = (t / 38.6) ** -0.04
+    for tile, w in zip(parts(chip), read(KEY, device, chip, t)[1], strict=True):
+        free = np.asarray(tile.xbar.free)
+        assert abs(np.mean(~free) - 0.05) < 5 * (0.05 * 0.95 / free.size) ** 0.5
+        stuck_at = np.asarray(tile.xbar.g, float)[~free]
+        present = left * (plus * free[0].sum() + minus * free[1].sum()) + stuck_at.sum()
+        factor = free[0].size * (plus + minus) / present
+        restored = np.mean(np.asarray(w)[free[0] & free[1]]) / ((plus - minus) / 11.9)
+        np.testing.assert_allclose(restored, left * factor, rtol=1e-4)
+        assert left < 0.67 and abs(restored - 1) < 0.06
 
 
-def test_devices_keep_their_places_and_a_neurons_drift_is_undone():
-    def make(key, device, g):
-        return analog.fabricate(key, EQUAL, g)
-
-    chip = jax.jit(partial(network.assemble, device=EQUAL, make=make))(KEY, g=CELLS)
-    assert [x.shape for x in chip.reference] == [(5,), (5,)]  # one number per neuron
-    drifting = tuple(map(with_nu_by_neuron, chip.xbars.hidden))
-    chip = chip._replace(xbars=chip.xbars._replace(hidden=drifting))
-    w = jax.tree.map(partial(analog.weights, EQUAL), CELLS)
-    hidden = network.mean_over_rows(w.hidden[0]), w.hidden[1]
-    plain = network.read_hidden(KEY, EQUAL, chip, 1e6, False)
-    compensated = network.read_hidden(KEY, EQUAL, chip, 1e6, True)
-    readout = network.read_readout(KEY, EQUAL, chip.xbars.readout, 1e6)
-    clock = 1e6 / 38.6
-    factor = clock ** -np.linspace(0.02, 0.06, 5)
-    for expected, drifted, restored in zip(hidden, plain, compensated, strict=True):
-        np.testing.assert_allclose(drifted, factor * expected, atol=1e-6)
-        np.testing.assert_allclose(restored, expected, atol=1e-6)
-    np.testing.assert_allclose(readout, clock**-0.04 * w.readout[:, 0], atol=1e-6)
-
-
-def test_a_column_that_reads_as_zero_is_no_error():
-    blank = jax.tree.map(jnp.zeros_like, CELLS)
-    device = analog.IBM
-
-    def make(key, device, g):
-        return analog.fabricate(key, device, g)
-
-    chip = jax.jit(partial(network.assemble, device=device, make=make))(KEY, g=blank)
-    for w in network.read_hidden(KEY, device, chip, 1e6, True):
+def test_a_tile_that_reads_as_zero_is_no_error():
+    device = EQUAL._replace(g_min=0.0)
+    chip = chip_of(device, jax.tree.map(jnp.zeros_like, CELLS))
+    for w in read(KEY, device, chip, 1e6)[1]:
         assert not np.any(w)
+
+
+def test_a_pulsed_crossbar_refers_to_its_own_read():
+    """All devices pulsed at once: later reads are scaled to what it was at its reference."""
+    chip = chip_of(EQUAL, CELLS)
+    pulsed, _ = fire(EQUAL, chip.hidden[0].xbar, jnp.ones(SHAPE), 500.0)
+    tile = network.refer(KEY, EQUAL, pulsed, 501.0)
+    _, (found, *_) = read(KEY, EQUAL, chip._replace(hidden=(tile, tile)), 1e5)
+    expected = analog.weights(EQUAL, pulsed.g) * (1 / 38.6) ** -0.04
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_an_old_chip_keeps_the_times_of_fresh_pulses():
+    """float32 tells times apart by 8 s at an age of 1e8 s, but not on a clock that starts late."""
+    chip = network.later(chip_of(EQUAL, CELLS), 1e8)
+    drifted, _ = read(KEY, EQUAL, chip, 0.0)
+    for g, w in zip(parts(CELLS)[:2], drifted, strict=False):
+        expected = (1e8 / 38.6) ** -0.04 * analog.weights(EQUAL, g)
+        np.testing.assert_allclose(w, expected, atol=1e-6)
+    one = jnp.zeros(SHAPE).at[0, 0, 0].set(1.0)
+    pulsed, _ = fire(EQUAL, chip.readout.xbar, one, 2.5)
+    for t, age in ((3.75, 1.25), (5.0, 2.5), (1002.5, 1000.0)):
+        left = analog.drift(EQUAL, pulsed, t) / pulsed.g
+        np.testing.assert_allclose(left[0, 0, 0], (age / 38.6) ** -0.04, rtol=1e-5)
+        np.testing.assert_allclose(left[1], (1e8 / 38.6) ** -0.04, rtol=1e-4)
 
 
 # ---- modules -------------------------------------------------------------------------------------
