@@ -296,7 +296,8 @@ class Met(NamedTuple):
 def met():
     """Tasks that a chip of noisy devices learns in three looks."""
     cfg, devices = configured(device="ibm_history", n_inner=3)
-    device, times, family = devices["ibm_history"], train.times_of(cfg), train.family_of(cfg)
+    device = devices["ibm_history"]._replace(t_verify=15.0)
+    times, family = train.times_of(cfg), train.family_of(cfg)
     e = jax.random.uniform(KEY, (3, 2**cfg.dac_bits, cfg.n_h1))
     meta = train.Meta(None, jnp.log(jnp.full((3, 1, 1), 0.5)))
 
@@ -376,6 +377,27 @@ def test_meta_training_reads_hidden_crossbars_once_and_the_test_at_every_look(mo
     with pytest.raises(StopIteration):
         train.meta_loss(KEY, meta, cfg, kind_of(cfg, devices["pcm"]), 2)
     assert reads == [[0.0, 20.0, 40.0], [0.0]]
+
+
+def test_the_meta_test_asks_at_ttest_and_a_day_later(monkeypatch):
+    """In seconds since the first read, which comes at tread."""
+    cfg, devices = configured(tread=1000.0, ttest=1500.0)
+    asked = []
+
+    def query_chip(*arguments):
+        asked.append(float(arguments[-1]))
+        if len(asked) == 2:
+            raise StopIteration
+        return None, None
+
+    empty = network.Network((), jnp.zeros(()))
+    monkeypatch.setattr(train, "adapt_chip", lambda *arguments: (jnp.zeros(1), jnp.zeros(1)))
+    monkeypatch.setattr(train, "refer", lambda *arguments: jnp.zeros(2))
+    monkeypatch.setattr(train, "query_chip", query_chip)
+    task = train.family_of(cfg).task(KEY)
+    with pytest.raises(StopIteration):
+        train.learn_and_test(KEY, None, cfg, devices["pcm"], empty, None, task)
+    assert asked == [500.0, 500.0 + 24 * 3600]
 
 
 def test_ages_and_rests_of_meta_training_are_log_uniform(monkeypatch):
@@ -544,11 +566,23 @@ def test_each_chip_has_a_draw_of_its_own(monkeypatch):
     assert abs(measured["square"] - 1) < 4 * (2 / 150) ** 0.5
 
 
-def test_firing_rates_are_penalized():
-    """The mean rate of each layer, above the target and below it."""
-    cfg, _ = configured(target_fr=50.0)
+def test_the_outer_loss_is_a_share_and_a_penalty(monkeypatch):
+    """A network that predicts 0 has all of the error, whatever the tasks. The penalty is of the
+    mean rate of each layer, above the target and below it."""
     rates = jnp.array([0.0, 300.0]), jnp.array([20.0, 20.0, 20.0])
-    np.testing.assert_allclose(train.rate_penalty(cfg, rates), 1 + 0.3**2, rtol=1e-5)
+    seen = train.Seen(jnp.zeros((16, 3)), rates)
+    monkeypatch.setattr(network, "assemble", lambda *arguments: None)
+    monkeypatch.setattr(network, "later", lambda *arguments: None)
+    monkeypatch.setattr(train, "adapt_chip", lambda *arguments: (None, jnp.ones((2, 5))))
+    monkeypatch.setattr(train, "refer", lambda *arguments: None)
+    monkeypatch.setattr(train, "query_chip", lambda *arguments: (seen, jnp.ones((2, 3, 1))))
+    for weight in (0.0, 0.1):
+        cfg, devices = configured(target_fr=50.0, lambda_fr=weight)
+        kind = kind_of(cfg, devices["pcm"])
+        loss, measured = train.meta_loss(KEY, train.Meta(None, None), cfg, kind, 2)
+        np.testing.assert_allclose(loss, 1 + weight * (1 + 0.3**2), rtol=1e-5)
+        assert measured["pulses"] == 5
+        np.testing.assert_allclose(measured["rates"], [150.0, 20.0], rtol=1e-5)
 
 
 PARTS = """
