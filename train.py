@@ -285,9 +285,11 @@ def on_chips(f, xs, meta, n_places):
     def here(xs, meta):
         return in_turn(lambda x: f(x, meta), xs)
 
-    return jax.shard_map(
+    stacked = jax.shard_map(
         here, mesh=mesh, in_specs=(P("chips"), P()), out_specs=P("chips"), check_vma=False
     )(xs, meta)
+    everywhere = jax.sharding.NamedSharding(mesh, P())  # as every host needs all
+    return jax.lax.with_sharding_constraint(stacked, everywhere)
 
 
 # ---- inner loop: a chip adapts to a task ---------------------------------------------------------
@@ -947,7 +949,7 @@ def parse(argv):
 def devices_of(names):
     """The devices, by name, that --device names: a file, or names and files separated by
     commas."""
-    parts = [names] if Path(names).is_file() else [name.strip() for name in names.split(",")]
+    parts = [names] if os.path.isfile(names) else [name.strip() for name in names.split(",")]
     try:
         found = [analog.load_device(part) for part in parts]
     except ValueError as error:
