@@ -113,9 +113,9 @@ def at_rest(shape):
     return Neurons(v=zero, z=zero)
 
 
-def lif_step(lif, neurons, drive):
+def lif_step(lif, neurons, current):
     """Neurons one time step later; a spike resets its membrane by subtraction."""
-    v = lif.alpha * neurons.v + drive - neurons.z
+    v = lif.alpha * neurons.v + current - neurons.z
     return Neurons(v, spike(v - THRESHOLD))
 
 
@@ -150,13 +150,12 @@ def held_current(drive, w, u):
 def step(dynamics, held, later, activity):
     """Activity one time step later, with the weights [inputs + 1, neurons] of later layers; held
     [L, neurons] is what the inputs add to layer 0."""
-    current, layers = held, []
-    for lif, neurons, w in zip(dynamics.layers, activity.layers, (*later, None), strict=True):
-        neurons = lif_step(lif, neurons, current)
-        layers.append(neurons)
-        if w is not None:
-            current = neurons.z @ w[:-1] + w[-1]  # [L, neurons of the next layer]
-    e = dynamics.kappa * activity.e + dynamics.gain * neurons.z
+    (first_lif, *lifs), (first, *others) = dynamics.layers, activity.layers
+    layers = [lif_step(first_lif, first, held)]
+    for lif, neurons, w in zip(lifs, others, later, strict=True):
+        current = layers[-1].z @ w[:-1] + w[-1]  # [L, neurons]
+        layers.append(lif_step(lif, neurons, current))
+    e = dynamics.kappa * activity.e + dynamics.gain * layers[-1].z
     return Activity(tuple(layers), e)
 
 

@@ -99,7 +99,9 @@ class Config:
     tau_mem: float = setting(0.03, "time constant of the membranes, s", 1e-4)
     tau_out: float = setting(0.1, "time constant of the traces, s", 1e-4)
     gain_out: float = setting(0.03, "what one spike adds to its trace", 1e-6)
-    compensate: bool = setting(True, "drift compensation of all crossbars")
+    compensate: bool = setting(
+        True, "drift compensation of the hidden crossbars, and of the readout at the query"
+    )
     lr_out: float = setting(
         0.0063, "step of the optimizer for conductances, share of the device's range", 1e-6
     )
@@ -316,6 +318,11 @@ def times_of(cfg):
     return Times(reads, reads + (cfg.tprog - cfg.tread))
 
 
+def wait_of(cfg):
+    """s from the first read of the meta-test to its query."""
+    return cfg.ttest - cfg.tread
+
+
 def sizes_of(cfg):
     """Neurons of each hidden layer."""
     return cfg.n_h0, cfg.n_h1
@@ -507,9 +514,14 @@ def adam(state, gradient, step):
     return jax.tree.map(direction, mean, square), State(state.meta, mean, square)
 
 
-def project(lot, meta):
-    """Meta-parameters whose conductances all devices of the lot can be programmed to."""
-    return meta._replace(g=jax.tree.map(lambda g: jnp.clip(g, lot.low, lot.high), meta.g))
+def common_range(devices):
+    """The lowest and the highest conductance (µS) that all devices can be programmed to."""
+    return max(x.g_min for x in devices), min(x.g_prog for x in devices)
+
+
+def project(meta, low, high):
+    """Meta-parameters whose conductances are from low to high (µS)."""
+    return meta._replace(g=jax.tree.map(lambda g: jnp.clip(g, low, high), meta.g))
 
 
 def schedule(cfg, step):
@@ -525,7 +537,7 @@ def update(cfg, lot, state, gradient, step):
     direction, state = adam(state, shorten(scale(units, gradient)), step)
     factor = schedule(cfg, step)
     moved = jax.tree.map(lambda x, d: x + factor * d, state.meta, scale(rates, direction))
-    return state._replace(meta=project(lot, moved))
+    return state._replace(meta=project(moved, lot.low, lot.high))
 
 
 def lot_of(cfg, devices):
@@ -536,8 +548,7 @@ def lot_of(cfg, devices):
         kind = Kind(device, table_of(cfg, device))
         families[jax.tree.structure(kind)].append(kind)
     kinds = tuple(jax.tree.map(stack, *family) for family in families.values())
-    low = max(device.g_min for device in ordered)
-    high = min(device.g_prog for device in ordered)
+    low, high = common_range(ordered)
     return Lot(kinds, low, high, ordered[0].g_max - low)
 
 
@@ -569,7 +580,7 @@ def start(cfg, lot):
     device = kind.device._replace(g_min=lot.low)
     sizes = sizes_of(cfg)
     g = network.start(next(keys), device, sizes, family.n_in, family.n_out, cfg.n_rows)
-    g = project(lot, Meta(g, 0.0)).g
+    g = project(Meta(g, None), lot.low, lot.high).g
     chip = network.assemble(next(keys), kind.device, analog.fabricate, g)
     u = family.pool(next(keys))
     seen = observe(next(keys), cfg, kind.device, chip, u, cfg.tread)
@@ -643,24 +654,36 @@ class Episode(NamedTuple):
     chip: network.Network  # of tiles; its times count from the episode's first read
 
 
+def scene(key, meta, cfg, device, make=analog.deploy):
+    """A new chip whose programming ended at its time 0, its crossbars made by make; a pool of
+    inputs, a task, and a key."""
+    chip_key, pool_key, task_key, key = jax.random.split(key, 4)
+    chip = network.assemble(chip_key, device, make, meta.g)
+    family = family_of(cfg)
+    return chip, family.pool(pool_key), family.task(task_key), key
+
+
+def learn(adapt_key, refer_key, meta, cfg, device, chip, u, task):
+    """The readouts of a chip after each look at a task, tiles [n_inner, ...], and the pulses
+    [n_inner, 2, H, n_out]."""
+    times, supports = times_of(cfg), jax.tree.map(lambda x: x[None], task.support)
+    found = adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
+    xbars, pulses = jax.tree.map(lambda x: x[0], found)
+    return refer(refer_key, device, xbars, times.pulses), pulses
+
+
 def episode(key, meta, cfg, device, make=analog.deploy):
     """Episode of a task that a new chip, its crossbars made by make, meets at tread."""
-    chip_key, pool_key, task_key, learn_key = jax.random.split(key, 4)
-    chip = network.assemble(chip_key, device, make, meta.g)
+    chip, u, task, key = scene(key, meta, cfg, device, make)
     chip = network.later(chip, cfg.tread)
-    family = family_of(cfg)
-    u, task = family.pool(pool_key), family.task(task_key)
-    return learn_and_test(learn_key, meta, cfg, device, chip, u, task)
+    return learn_and_test(key, meta, cfg, device, chip, u, task)
 
 
 def learn_and_test(key, meta, cfg, device, chip, u, task):
     """Episode of a chip that meets a task at its time 0, with a pool of inputs u [L, n_in]."""
     adapt_key, refer_key, ask_key, day_key = jax.random.split(key, 4)
-    times, asked = times_of(cfg), cfg.ttest - cfg.tread
-    supports = jax.tree.map(lambda x: x[None], task.support)
-    learned = adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
-    xbars, pulses = jax.tree.map(lambda x: x[0], learned)
-    after = refer(refer_key, device, xbars, times.pulses)
+    after, pulses = learn(adapt_key, refer_key, meta, cfg, device, chip, u, task)
+    asked = wait_of(cfg)
     readouts = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), chip.readout, after)
     seen, w = query_chip(ask_key, cfg, device, chip, readouts, u, asked)
     late, w_late = query_chip(day_key, cfg, device, chip, readouts, u, asked + DAY)
@@ -844,7 +867,8 @@ def load(folder):
             described = [described]
         devices = dict(map(analog.from_constants, described))
         cfg = Config(**{name: saved["config"][name] for name in vars(Config())})
-        like = jax.eval_shape(start, cfg, lot_of(cfg, devices))
+        exact = dataclasses.replace(cfg, off_noise=0.0)  # shapes need no table of programming
+        like = jax.eval_shape(start, exact, lot_of(exact, devices))
         with np.load(folder / "checkpoint.npz") as file:
             leaves = [file[name].reshape(x.shape) for name, x in by_name(like).items()]
             step, rows = int(file["step"]), json.loads(str(file["rows"]))
@@ -997,8 +1021,7 @@ def check(cfg, devices):
         if type(value) in (int, float) and not least <= value < 2**31:
             raise Refused(f"--{field.name} must be from {least:g} to 2³¹, not {value}")
     n = len(devices)
-    low = max(device.g_min for device in devices.values())
-    high = min(device.g_prog for device in devices.values())
+    low, high = common_range(devices.values())
     ranges = {name: device.g_max for name, device in devices.items()}
     said = ", ".join(f"{name} has {g_max:g} µS" for name, g_max in ranges.items())
     refuse(
@@ -1193,8 +1216,8 @@ def execute(run, folder):
     announce(run, folder)
     save(run, folder)
     places_for(run.cfg.batch_test)  # a fault of the test must not wait for training
+    tested = partial(reported, cfg=run.cfg)
     for device in run.devices.values():
-        tested = partial(reported, cfg=run.cfg)
         jax.eval_shape(tested, stream(run.cfg, 2), run.state.meta, device=device)
     began = time.monotonic()
     run = train(run, folder)

@@ -8,7 +8,7 @@ import numpy as np
 
 import network
 import train
-from img import figures, studies
+from img import figures
 
 FOLDER = Path(__file__).parent
 INPUT = 1.5
@@ -19,12 +19,13 @@ SEED = 7  # of a task whose target at INPUT is far from 0
 def present(cfg, device, meta):
     """Activity [T, 1, ...] and outputs [T] of a new chip that has learned a task, at the level of
     INPUT; that level's input, and the task's target for it."""
-    chip, u, task, key = studies.scene(jax.random.key(SEED), meta, cfg, device)
+    chip, u, task, key = train.scene(jax.random.key(SEED), meta, cfg, device)
     learn_key, read_key = jax.random.split(key)
     chip = network.later(chip, cfg.tread)
-    readouts, _ = studies.learn(learn_key, meta, cfg, device, chip, u, task)
+    keys = jax.random.split(learn_key)
+    readouts, _ = train.learn(*keys, meta, cfg, device, chip, u, task)
     chip = chip._replace(readout=jax.tree.map(lambda x: x[-1], readouts))
-    t = studies.wait_of(cfg)
+    t = train.wait_of(cfg)
     w = network.each(network.read, read_key, device, chip, t, cfg.compensate)
     level = network.level(cfg.dac_bits, jnp.array(INPUT))
     activity = network.present(train.dynamics_of(cfg), w.hidden, u[level][None])

@@ -32,7 +32,7 @@ import network  # noqa: E402
 import train  # noqa: E402
 from img import figures  # noqa: E402
 
-RESTS = 10.0, 3600.0, 86400.0, 1e6, 1e7  # s, from the last pulse of an adaptation
+RESTS = 10.0, 3600.0, train.DAY, 1e6, 1e7  # s, from the last pulse of an adaptation
 OLD = 1e6  # s, age of an old chip
 N_LIFE = 50  # tasks of a life
 PERIOD = 1e4  # s, from one of them to the next
@@ -44,24 +44,6 @@ STUCK = {"stuck_low": 0.005, "stuck_high": 0.005}  # shares of all devices
 # ---- parts of experiments ------------------------------------------------------------------------
 
 
-def scene(key, meta, cfg, device):
-    """A new chip whose programming ends at its time 0, a pool of inputs, a task, and a key."""
-    chip_key, pool_key, task_key, key = jax.random.split(key, 4)  # as in train.episode
-    chip = network.assemble(chip_key, device, analog.deploy, meta.g)
-    family = train.family_of(cfg)
-    return chip, family.pool(pool_key), family.task(task_key), key
-
-
-def learn(key, meta, cfg, device, chip, u, task):
-    """The readouts of a chip after each look at a task, tiles [n_inner, ...], and the pulses
-    [n_inner, 2, H, n_out]."""
-    adapt_key, refer_key = jax.random.split(key)
-    times, supports = train.times_of(cfg), jax.tree.map(lambda x: x[None], task.support)
-    found = train.adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
-    xbars, pulses = jax.tree.map(lambda x: x[0], found)
-    return train.refer(refer_key, device, xbars, times.pulses), pulses
-
-
 def error_at(key, cfg, device, chip, u, query, t, compensate):
     """Squared error of a chip at time t (s), its readout compensated for drift or not, its hidden
     layers as the settings say."""
@@ -69,11 +51,6 @@ def error_at(key, cfg, device, chip, u, query, t, compensate):
     e = train.observe(see_key, cfg, device, chip, u, t).e
     w = network.read(read_key, device, chip.readout, t, compensate)
     return train.squared_error(e, w, query)
-
-
-def wait_of(cfg):
-    """s from the first look of the meta-test to its query."""
-    return cfg.ttest - cfg.tread
 
 
 def writable(device, w):
@@ -91,7 +68,7 @@ def tested(experiment, n, run, device=None):
     """What an experiment measures on n chips of a run's network, of its first device or of
     another."""
     device = device or next(iter(run.devices.values()))
-    meta = train.project(train.lot_of(run.cfg, {"": device}), run.state.meta)
+    meta = train.project(run.state.meta, *train.common_range([device]))
     key = train.stream(train.Config(), 3)  # the same tasks for every network
     return jax.device_get(train.test(experiment, run.cfg, device, n, key, meta))
 
@@ -162,14 +139,15 @@ POLICIES = {"nothing": nothing, "restore": restore, "reset": reset, "refresh": r
 def lives(key, meta, cfg, device, policy):
     """Squared errors [N_LIFE] of one chip, and the pulses and RESETs [N_LIFE, 2, H, n_out] of a
     task and of the policy that comes after it, ready for the next."""
-    chip, u, _, key = scene(key, meta, cfg, device)
+    chip, u, _, key = train.scene(key, meta, cfg, device)
 
     def meet(chip, key):
         task_key, learn_key, ask_key, keep_key = jax.random.split(key, 4)
         task = train.family_of(cfg).task(task_key)
-        readouts, fired = learn(learn_key, meta, cfg, device, chip, u, task)
+        keys = jax.random.split(learn_key)
+        readouts, fired = train.learn(*keys, meta, cfg, device, chip, u, task)
         chip = chip._replace(readout=jax.tree.map(lambda x: x[-1], readouts))
-        t = wait_of(cfg)
+        t = train.wait_of(cfg)
         error = error_at(ask_key, cfg, device, chip, u, task.query, t, cfg.compensate)
         chip = network.later(chip, PERIOD)
         kept, done = policy(keep_key, device, chip.readout, meta.g.readout, -AHEAD)
@@ -223,7 +201,7 @@ def life(n, run):
 def first_tasks(key, meta, cfg, device):
     """Squared errors, by label, of the same task that a chip meets first at the age tread, and a
     day after it, or at the age OLD."""
-    chip, u, task, key = scene(key, meta, cfg, device)
+    chip, u, task, key = train.scene(key, meta, cfg, device)
 
     def at(age):
         aged = network.later(chip, age)
@@ -249,19 +227,19 @@ def written(key, cfg, device, xbar, w):
     wanted, ended = writable(device, w), train.times_of(cfg).pulses[-1]
     done = analog.program(write_key, device, xbar, wanted, ended)
     tile = network.Tile(done.xbar, network.total(device, wanted))
-    return network.read(read_key, device, tile, wait_of(cfg), cfg.compensate)
+    return network.read(read_key, device, tile, train.wait_of(cfg), cfg.compensate)
 
 
 def regression(key, meta, cfg, device):
     """Squared errors of readouts of a chip that were found by regression on its traces as the
     first look has them, [RIDGES]: as computed, and as written to the chip and read; and of the best
     readout for all inputs."""
-    chip, u, task, key = scene(key, meta, cfg, device)
+    chip, u, task, key = train.scene(key, meta, cfg, device)
     look_key, read_key, ask_key, write_key = jax.random.split(key, 4)
     chip = network.later(chip, cfg.tread)
     seen = train.observe(look_key, cfg, device, chip, u, 0.0).e
     start = network.read(read_key, device, chip.readout, 0.0, False)
-    asked = train.observe(ask_key, cfg, device, chip, u, wait_of(cfg)).e
+    asked = train.observe(ask_key, cfg, device, chip, u, train.wait_of(cfg)).e
 
     def fit(ridge):
         w = solve(seen, task.support, ridge, start)
@@ -332,7 +310,7 @@ def kept(key, cfg, device, chip, u, query):
 def aged(key, meta, cfg, device):
     """Squared errors [RESTS] of one chip by what it did: it learned a task and rested; it was new
     and that old; it rested and was restored, which begins then, and learned a second task."""
-    chip, u, first, key = scene(key, meta, cfg, device)
+    chip, u, first, key = train.scene(key, meta, cfg, device)
     first_key, task_key, ask_key, keep_key, second_key = jax.random.split(key, 5)
     learned = partial(train.learn_and_test, first_key, meta, cfg, device)
     used = learned(network.later(chip, cfg.tread), u, first).chip
@@ -423,10 +401,11 @@ def walk(w, gradient):
 def moves(key, meta, cfg, device):
     """|ΔW| of the looks of an adaptation [n_inner, H, n_out], 0 where no pulse was fired, and of
     100 steps of Adam on the same task [100, H, n_out]."""
-    chip, u, task, key = scene(key, meta, cfg, device)
+    chip, u, task, key = train.scene(key, meta, cfg, device)
     learn_key, see_key, read_key = jax.random.split(key, 3)
     chip = network.later(chip, cfg.tread)
-    readouts, pulses = learn(learn_key, meta, cfg, device, chip, u, task)
+    keys = jax.random.split(learn_key)
+    readouts, pulses = train.learn(*keys, meta, cfg, device, chip, u, task)
     g = jnp.concatenate([chip.readout.xbar.g[None], readouts.xbar.g])
     moved = jax.vmap(partial(analog.weights, device))(jnp.diff(g, axis=0))
     fired = jnp.any(pulses > 0, 1)

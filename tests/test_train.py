@@ -526,7 +526,7 @@ def test_conductances_stay_where_all_devices_can_be_programmed():
     devices["ibm"] = analog.IBM._replace(g_min=0.5)
     lot = train.lot_of(cfg, devices)
     g = network.Network((jnp.array([0.0, 5.0, 11.0]),), jnp.array([20.0]))
-    found = train.project(lot, train.Meta(g, jnp.array([-3.0])))
+    found = train.project(train.Meta(g, jnp.array([-3.0])), lot.low, lot.high)
     np.testing.assert_array_equal(found.g.hidden[0], np.float32([0.5, 5.0, 10.0]))
     np.testing.assert_array_equal(found.g.readout, [10.0])
     assert found.log_theta == -3
