@@ -238,119 +238,6 @@ DEVICES = {
 }
 
 
-# ---- devices of one's own ------------------------------------------------------------------------
-
-# The lowest value of a constant, where it is not 0.
-ANY_SIGN = (
-    "set_slope set_offset set_history prog_1 prog_2 "
-    "nu_slope nu_offset nu_std_slope nu_std_offset"
-)
-HIGHEST = float(np.finfo(np.float32).max)
-LOWEST = dict.fromkeys(ANY_SIGN.split(), -HIGHEST) | {
-    "g_max": 1e-3,  # a lower one would be in siemens
-    "history_decay": 1e-3,
-    "t0": 1e-9,
-    "t_read": 1e-12,
-    "t_verify": MIN_AGE,
-}
-
-
-def describe(name, device):
-    """The constants of a device as one flat dictionary, as its JSON file has them."""
-    family = next(key for key, law in FAMILIES.items() if isinstance(device.law, law))
-    constants = device._asdict()
-    law, stated = constants.pop("law"), constants.pop("stated")
-    parts = law._asdict() | (stated._asdict() if stated else {})
-    return {"name": name, "law": family, **constants, **parts}
-
-
-def number(key, x):
-    """A constant as a float; ValueError where it cannot be one."""
-    low = LOWEST.get(key, 0)
-    if type(x) not in (int, float) or not low <= x <= HIGHEST:
-        what = f"a number from {low:g} to {HIGHEST:.3g} (µS and s)"
-        raise ValueError(f"key {key} must be {what}: {x!r:.40}")
-    return float(x)
-
-
-def check_keys(keys, parts):
-    """ValueError where constants of a Device of these parts are missing or unknown."""
-    fields = {field for part in (Device, *parts) for field in part._fields}
-    known = fields - {"law", "stated"}
-    wrong = [
-        f"{key} is {'missing' if key in known else 'unknown'}"
-        for key in sorted(known ^ keys)
-    ]
-    if wrong:
-        raise ValueError(f"key {', '.join(wrong)}")
-
-
-def from_constants(constants):
-    """Name and Device of a flat dictionary of constants; ValueError names what is wrong. Where
-    it has an error of programming, prog_0 and so on, the device is programmed as stated."""
-    defaults = {"name": "", "law": "nandakumar", **Device._field_defaults}
-    defaults.pop("stated")
-    given = defaults | constants
-    given.pop("comment", None)
-    name, law = given.pop("name"), FAMILIES.get(str(given.pop("law")))
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"key name must be a word of letters, digits and _: {name!r}")
-    if law is None:
-        raise ValueError(f"key law must be one of {', '.join(FAMILIES)}")
-    parts = {"law": law}
-    if given.keys() & set(StatedError._fields):
-        parts["stated"] = StatedError
-    check_keys(given.keys(), parts.values())
-    given = {key: number(key, x) for key, x in given.items()}
-    for key, part in parts.items():
-        parts[key] = part(*map(given.pop, part._fields))
-    device = Device(**parts, **given)
-    check_range(device)
-    return name, device
-
-
-def check_range(device):
-    """ValueError where the constants of a device contradict each other."""
-    if not device.g_min < device.g_prog <= device.g_max:
-        raise ValueError("key g_prog must be above g_min, and at most g_max")
-    if not device.g_min <= device.reset_mean <= device.g_max:
-        raise ValueError("key reset_mean must be from g_min to g_max")
-    if device.stuck_low + device.stuck_high > 1:
-        raise ValueError("keys stuck_low and stuck_high must not sum above 1")
-    if not device.stated and set_mean(device, device.g_prog, 0.0) <= 0:
-        raise ValueError("key g_prog is where SET no longer raises G; lower it")
-
-
-def unique(pairs):
-    """The dictionary of a JSON object's pairs; ValueError names a key that stands twice."""
-    found = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key} stands twice")
-        found[key] = value
-    return found
-
-
-def load_device(name):
-    """Name and Device of a JSON file {"name": ..., "g_min": ..., ...} at the path name, or of
-    a built-in name; ValueError says what is wrong with it."""
-    if name in DEVICES and not Path(name).is_file():
-        return name, DEVICES[name]
-    try:
-        text = Path(name).read_text(encoding="utf-8-sig")
-        # float, as Python refuses integers of very many digits
-        constants = json.loads(text, parse_int=float, object_pairs_hook=unique)
-        found, device = from_constants(constants)
-    except (OSError, UnicodeError, json.JSONDecodeError, TypeError) as error:
-        what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
-        raise ValueError(f"{name} is {what} ({error})") from None
-    except RecursionError:
-        raise ValueError(f"{name} has too many brackets for a JSON object") from None
-    if found in DEVICES:
-        raise ValueError(f"key name ({found}) is that of a built-in device")
-    return found, device
-
-
 # ---- physics -------------------------------------------------------------------------------------
 
 
@@ -647,6 +534,119 @@ def fire(key, device, xbar, counts, n_most, t):
     keys = jax.random.split(key, n_most)
     xbar, fired = jax.lax.scan(fire_one, xbar, (keys, jnp.arange(float(n_most))))
     return xbar, jnp.sum(fired, 0)
+
+
+# ---- devices of one's own ------------------------------------------------------------------------
+
+# The lowest value of a constant, where it is not 0.
+ANY_SIGN = (
+    "set_slope set_offset set_history prog_1 prog_2 "
+    "nu_slope nu_offset nu_std_slope nu_std_offset"
+)
+HIGHEST = float(np.finfo(np.float32).max)
+LOWEST = dict.fromkeys(ANY_SIGN.split(), -HIGHEST) | {
+    "g_max": 1e-3,  # a lower one would be in siemens
+    "history_decay": 1e-3,
+    "t0": 1e-9,
+    "t_read": 1e-12,
+    "t_verify": MIN_AGE,
+}
+
+
+def describe(name, device):
+    """The constants of a device as one flat dictionary, as its JSON file has them."""
+    family = next(key for key, law in FAMILIES.items() if isinstance(device.law, law))
+    constants = device._asdict()
+    law, stated = constants.pop("law"), constants.pop("stated")
+    parts = law._asdict() | (stated._asdict() if stated else {})
+    return {"name": name, "law": family, **constants, **parts}
+
+
+def number(key, x):
+    """A constant as a float; ValueError where it cannot be one."""
+    low = LOWEST.get(key, 0)
+    if type(x) not in (int, float) or not low <= x <= HIGHEST:
+        what = f"a number from {low:g} to {HIGHEST:.3g} (µS and s)"
+        raise ValueError(f"key {key} must be {what}: {x!r:.40}")
+    return float(x)
+
+
+def check_keys(keys, parts):
+    """ValueError where constants of a Device of these parts are missing or unknown."""
+    fields = {field for part in (Device, *parts) for field in part._fields}
+    known = fields - {"law", "stated"}
+    wrong = [
+        f"{key} is {'missing' if key in known else 'unknown'}"
+        for key in sorted(known ^ keys)
+    ]
+    if wrong:
+        raise ValueError(f"key {', '.join(wrong)}")
+
+
+def from_constants(constants):
+    """Name and Device of a flat dictionary of constants; ValueError names what is wrong. Where
+    it has an error of programming, prog_0 and so on, the device is programmed as stated."""
+    defaults = {"name": "", "law": "nandakumar", **Device._field_defaults}
+    defaults.pop("stated")
+    given = defaults | constants
+    given.pop("comment", None)
+    name, law = given.pop("name"), FAMILIES.get(str(given.pop("law")))
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"key name must be a word of letters, digits and _: {name!r}")
+    if law is None:
+        raise ValueError(f"key law must be one of {', '.join(FAMILIES)}")
+    parts = {"law": law}
+    if given.keys() & set(StatedError._fields):
+        parts["stated"] = StatedError
+    check_keys(given.keys(), parts.values())
+    given = {key: number(key, x) for key, x in given.items()}
+    for key, part in parts.items():
+        parts[key] = part(*map(given.pop, part._fields))
+    device = Device(**parts, **given)
+    check_range(device)
+    return name, device
+
+
+def check_range(device):
+    """ValueError where the constants of a device contradict each other."""
+    if not device.g_min < device.g_prog <= device.g_max:
+        raise ValueError("key g_prog must be above g_min, and at most g_max")
+    if not device.g_min <= device.reset_mean <= device.g_max:
+        raise ValueError("key reset_mean must be from g_min to g_max")
+    if device.stuck_low + device.stuck_high > 1:
+        raise ValueError("keys stuck_low and stuck_high must not sum above 1")
+    if not device.stated and set_mean(device, device.g_prog, 0.0) <= 0:
+        raise ValueError("key g_prog is where SET no longer raises G; lower it")
+
+
+def unique(pairs):
+    """The dictionary of a JSON object's pairs; ValueError names a key that stands twice."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key} stands twice")
+        found[key] = value
+    return found
+
+
+def load_device(name):
+    """Name and Device of a JSON file {"name": ..., "g_min": ..., ...} at the path name, or of
+    a built-in name; ValueError says what is wrong with it."""
+    if name in DEVICES and not Path(name).is_file():
+        return name, DEVICES[name]
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+        # float, as Python refuses integers of very many digits
+        constants = json.loads(text, parse_int=float, object_pairs_hook=unique)
+        found, device = from_constants(constants)
+    except (OSError, UnicodeError, json.JSONDecodeError, TypeError) as error:
+        what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
+        raise ValueError(f"{name} is {what} ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{name} has too many brackets for a JSON object") from None
+    if found in DEVICES:
+        raise ValueError(f"key name ({found}) is that of a built-in device")
+    return found, device
 
 
 if __name__ == "__main__":

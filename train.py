@@ -17,6 +17,7 @@ Within an adaptation, times count from its first read.
 import argparse
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -26,10 +27,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import uuid
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import metadata
@@ -45,11 +46,33 @@ import analog
 import network
 from img import figures
 
+HERE = Path(__file__).resolve().parent
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
 LR_THETA = 0.1  # step of the optimizer for ln θ
+LR_SCALE = 0.03  # the same for log_scale
 MAX_GRAD_NORM = 0.3  # of the outer loss, per range of a conductance and per ln θ
+MIN_RATE = 10.0  # Hz, of a neuron over all inputs: one below it is raised
+SILENT = 0.5  # weight of that beside the layer's mean rate
 DAY = 86400.0  # s
 TINY = 1e-20  # below any gradient
+
+
+# ---- what a user can mend ------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """What a user can mend, in one line."""
+
+    def __init__(self, message, status=2):
+        super().__init__(" ".join(str(message).split()))
+        self.status = status  # of the process: 1 where a run has failed
+
+
+def refuse(needs):
+    """Refused for the first of the needs {message: whether it is met} that is not met."""
+    for message, is_met in needs.items():
+        if not is_met:
+            raise Refused(message)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -71,8 +94,11 @@ class Config:
         "pcm,pcm_history",
         f"{', '.join(analog.DEVICES)} or JSON files; several, by commas, are trained together",
     )
-    tasks: str = setting("sinusoids", "family of tasks")
-    rule: str = setting("comparators", "how a gradient becomes pulses")
+    tasks: str = setting(
+        "sinusoids",
+        "sinusoids, lines, or an .npz file of samples x [N, …] of classes y [N] to tell apart",
+    )
+    rule: str = setting("comparators", "how a gradient becomes pulses, one of RULES")
     n_inner: int = setting(8, "looks: times that a new task is read and pulsed", 1)
     n_bits: int = setting(
         2,
@@ -84,13 +110,17 @@ class Config:
     )
     shared_thr: bool = setting(False, "one threshold for all synapses of a look")
     task_size: int = setting(20, "support samples of a task", 1)
+    n_way: int = setting(5, "classes of a task, task_size / n_way samples of each", 2)
     batch_train: int = setting(
         128, "tasks per meta-iteration, shared out among devices; each chip of one has them all", 1
     )
     n_chips: int = setting(1, "chips of each device per meta-iteration", 1)
     batch_test: int = setting(512, "tasks of the meta-test, each on a chip of its own", 1)
     n_rows: int = setting(
-        16, "rows of layer 0 for each input and for the bias; a weight is their mean", 1
+        None,
+        "rows of layer 0 for each input and for the bias; a weight is their mean "
+        "(default: 16, or 1 where there are more than 4 inputs)",
+        1,
     )
     n_h0: int = setting(64, "neurons of layer 0", 1)
     n_h1: int = setting(128, "neurons of layer 1", 1)
@@ -105,7 +135,9 @@ class Config:
     lr_out: float = setting(
         0.0063, "step of the optimizer for conductances, share of the device's range", 1e-6
     )
-    lr_drop: int = setting(500, "iteration from which steps are divided by 10")
+    lr_drop: int = setting(
+        500, "iteration at which steps are divided by 10; from there they fall as 1/iteration", 1
+    )
     off_noise: float = setting(
         None,
         "std of the programming error in meta-training, share of g_max "
@@ -115,7 +147,7 @@ class Config:
         50.0, "target of each layer's mean firing rate, Hz; without effect at lambda_fr 0"
     )
     lambda_fr: float = setting(
-        0.15, "weight of Σ_layers ((rate − target_fr)/100 Hz)² in the outer loss"
+        0.15, "weight of the penalty of rates in the outer loss"
     )
     tread: float = setting(100.0, "first read of a new task, s since a chip was programmed", 1.0)
     tprog: float = setting(
@@ -140,31 +172,32 @@ class Config:
 PRESETS = {
     # the classic single step
     "one_look": {"device": "pcm", "n_inner": 1, "gain_out": 0.06, "n_iter": 1500},
+    # the least error of ten minutes on one core
+    "wide": {"n_inner": 12, "dac_bits": 7, "n_iter": 3000, "lr_drop": 700},
+    # few-shot classification of the samples of a file
+    "few_shot": {
+        "task_size": 25,
+        "n_inner": 4,
+        "n_h0": 128,
+        "drive": 0.4,
+        "gain_out": 0.01,
+        "grad_thr": 0.05,
+        "n_iter": 4000,
+        "lr_drop": 2000,
+    },
 }
 
 
 # ---- tasks ---------------------------------------------------------------------------------------
 
-
-class Sinusoid(NamedTuple):
-    """The function A sin(x + φ), A ~ U[0.1, 5] and φ ~ U[0, π]."""
-
-    amplitude: jax.Array  # A
-    phase: jax.Array  # φ
-
-    @staticmethod
-    def draw(key):
-        """A task."""
-        low, high = np.array([0.1, 0.0]), np.array([5.0, np.pi])
-        return Sinusoid(*jax.random.uniform(key, (2,), minval=low, maxval=high))
-
-    def target(self, x):
-        """Targets at inputs x, of x's shape."""
-        return self.amplitude * jnp.sin(x + self.phase)
-
-
-# Functions of one input that can be drawn.
-FUNCTIONS = {"sinusoids": Sinusoid}
+# A family of tasks has n_in inputs and n_out outputs, and
+#   exchangeable       whether its outputs stand for classes that are drawn at random
+#   pool(key)          inputs [L, n_in] that a chip is shown in an episode, once for all tasks
+#   task(key, u)       a Task on such a pool
+#   loss(y, query, s)  the outer loss of outputs y [tasks, L, n_out]; s is Meta's log_scale
+#   measures(y, query) what is reported of outputs y [L, n_out], by name
+#   baselines()        errors or accuracies that need no chip, by label
+#   encode(x), targets(y)  a user's samples as inputs [N, n_in] and targets [N, n_out]
 
 
 class Samples(NamedTuple):
@@ -180,33 +213,97 @@ class Task(NamedTuple):
 
     support: Samples  # what the chip sees
     query: Samples  # what it is asked
-    x: jax.Array  # [task_size], inputs of the support
-    y: jax.Array  # [task_size], its targets
 
 
-class OfOneInput(NamedTuple):
+def samples_of(counts, y):
+    """Samples of a pool that has counts [L] of them, all those of an input with targets y
+    [L, n_out]."""
+    share = counts / jnp.sum(counts)
+    weighted = share[:, None] * y
+    return Samples(share, weighted, jnp.sum(weighted * y))
+
+
+def squared_error(y, samples):
+    """Squared error of outputs y [L, n_out], mean over the samples and summed over outputs."""
+    return jnp.sum(samples.share[:, None] * y**2 - 2 * samples.y * y) + samples.y2
+
+
+def finite(name, values, shape):
+    """The values as an array [N, *shape] of finite numbers; Refused where they are none."""
+    values = np.asarray(values)
+    if values.dtype.kind not in "buif" or not np.isfinite(values).all():
+        raise Refused(f"{name} must hold finite numbers")
+    if values.shape[1:] != shape or not len(values):
+        raise Refused(f"{name} must have the shape [N{''.join(f', {n}' for n in shape)}]")
+    return values
+
+
+def static():
+    """A field of a family that is part of what is compiled."""
+    return dataclasses.field(metadata={"static": True})
+
+
+class Sinusoid(NamedTuple):
+    """The function A sin(x + φ), A ~ U[0.1, 5] and φ ~ U[0, π]."""
+
+    amplitude: jax.Array  # A
+    phase: jax.Array  # φ
+
+    @staticmethod
+    def draw(key):
+        """A function."""
+        low, high = np.array([0.1, 0.0]), np.array([5.0, np.pi])
+        return Sinusoid(*jax.random.uniform(key, (2,), minval=low, maxval=high))
+
+    def target(self, x):
+        """Targets at inputs x, of x's shape."""
+        return self.amplitude * jnp.sin(x + self.phase)
+
+
+class Line(NamedTuple):
+    """The function a x + b, clipped to [−3, 3], a ~ U[−1, 1] and b ~ U[−2, 2]."""
+
+    slope: jax.Array  # a
+    offset: jax.Array  # b
+
+    @staticmethod
+    def draw(key):
+        """A function."""
+        high = np.array([1.0, 2.0])
+        return Line(*jax.random.uniform(key, (2,), minval=-high, maxval=high))
+
+    def target(self, x):
+        """Targets at inputs x, of x's shape."""
+        return jnp.clip(self.slope * x + self.offset, -3.0, 3.0)
+
+
+# Functions of one input that can be drawn.
+FUNCTIONS = {"sinusoids": Sinusoid, "lines": Line}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Regression:
     """A family of tasks y = f(x), x through the input converter. The pool has all its levels, and
     the query the whole range, all levels alike."""
 
-    function: type  # one of FUNCTIONS
-    dac_bits: int
-    task_size: int
+    function: type = static()  # one of FUNCTIONS
+    dac_bits: int = static()
+    task_size: int = static()
     n_in = n_out = 1
+    exchangeable = False
 
     def pool(self, key):
-        """Inputs [L, n_in] of a pool."""
         return network.level_centres(self.dac_bits)[:, None]
 
-    def task(self, key):
-        """A task, its support uniform over the converter's span."""
+    def task(self, key, u):
         function_key, x_key = jax.random.split(key)
         function = self.function.draw(function_key)
         low, high = network.X_RANGE
         x = jax.random.uniform(x_key, (self.task_size,), minval=low, maxval=high)
         # Several inputs in each level's cell, so that the converter's own error counts.
         asked = network.level_centres(max(self.dac_bits + 1, 8))
-        y = function.target(x)
-        return Task(self.sum_up(x, y), self.sum_up(asked, function.target(asked)), x, y)
+        return Task(*(self.sum_up(x, function.target(x)) for x in (x, asked)))
 
     def sum_up(self, x, y):
         """Samples of the inputs x and targets y [N]."""
@@ -214,10 +311,184 @@ class OfOneInput(NamedTuple):
         at_level = jax.nn.one_hot(level, 2**self.dac_bits) / len(x)  # [N, L]
         return Samples(jnp.sum(at_level, 0), (y @ at_level)[:, None], jnp.mean(y**2))
 
+    def loss(self, y, query, log_scale):
+        """The squared error, as a share of that of predicting 0."""
+        return jnp.mean(jax.vmap(squared_error)(y, query)) / jnp.mean(query.y2)
 
-def family_of(cfg):
-    """The family of tasks of the settings."""
-    return OfOneInput(FUNCTIONS[cfg.tasks], cfg.dac_bits, cfg.task_size)
+    def measures(self, y, query):
+        return {"mse": squared_error(y, query)}
+
+    def baselines(self):
+        """Squared errors of predicting 0 and of the best function that ignores the task, over
+        2¹⁴ tasks."""
+        keys = jax.random.split(jax.random.key(0), 2**14)
+        queries = jax.jit(jax.vmap(lambda key: self.task(key, None).query))(keys)
+        zero, best = float(np.mean(queries.y2)), np.mean(queries.y, 0)
+        gain = float(np.sum(best**2 / np.maximum(np.mean(queries.share, 0), TINY)[:, None]))
+        return {
+            "squared error of predicting 0": zero,
+            "squared error of the best function that ignores the task": zero - gain,
+        }
+
+    def encode(self, x):
+        x = finite("x", np.reshape(x, (-1, 1)), (1,))
+        low, high = network.X_RANGE
+        if x.min() < low or x.max() > high:
+            raise Refused(f"x must be from {low:g} to {high:g}")
+        return network.level_centres(self.dac_bits)[network.level(self.dac_bits, x)]
+
+    def targets(self, y):
+        return finite("y", np.reshape(y, (-1, 1)), (1,))
+
+
+def shuffled(key, n):
+    """The numbers below n in random order, [n]."""
+    return jnp.argsort(jax.random.uniform(key, (n,)))
+
+
+WARP = 0.2  # of an image: rotation, scale and shear
+WARP_SHIFT = 0.09  # share of its side
+N_QUERY_TRAIN, N_QUERY_TEST = 3, 15  # samples of a class that a pool has beside the shots
+
+
+def warp(key, image):
+    """The image [side, side] shifted, rotated, scaled and sheared at random."""
+    matrix_key, shift_key = jax.random.split(key)
+    side = len(image)
+    middle = (side - 1) / 2
+    offset = jnp.indices((side, side)).astype(float) - middle
+    matrix = jnp.eye(2) + jax.random.uniform(matrix_key, (2, 2), minval=-WARP, maxval=WARP)
+    shift = side * jax.random.uniform(shift_key, (2,), minval=-WARP_SHIFT, maxval=WARP_SHIFT)
+    places = jnp.tensordot(matrix, offset, 1) + middle + shift[:, None, None]
+    return jax.scipy.ndimage.map_coordinates(image, [*places], order=1, mode="nearest")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """A family of few-shot classification: a task has n_way random classes, labelled at random. A
+    pool has n_each samples of each of n_classes; of those of its classes, shots are the support of
+    a task and the others its query."""
+
+    x: jax.Array  # [N, n_in], samples from 0 to 1, class by class
+    first: jax.Array  # [classes], index of the first sample of each
+    n_members: jax.Array  # [classes], samples of each
+    most: int = static()  # samples of the largest class
+    n_out: int = static()  # n_way
+    shots: int = static()
+    n_classes: int = static()
+    n_each: int = static()
+    side: int = static()  # of the square images that are warped; 0: none are
+    exchangeable = True
+
+    @property
+    def n_in(self):
+        return self.x.shape[1]
+
+    def pool(self, key):
+        class_key, sample_key, warp_key = jax.random.split(key, 3)
+        classes = shuffled(class_key, len(self.first))[: self.n_classes, None]
+        lots = jax.random.uniform(sample_key, (self.n_classes, self.most))
+        is_member = jnp.arange(self.most) < self.n_members[classes]
+        order = jnp.argsort(jnp.where(is_member, lots, 2.0), 1)
+        chosen = self.first[classes] + order[:, : self.n_each]
+        u = self.x[chosen.ravel()]
+        if not self.side:
+            return u
+        images = u.reshape(-1, self.side, self.side)
+        keys = jax.random.split(warp_key, len(images))
+        return jax.vmap(warp)(keys, images).reshape(u.shape)
+
+    def task(self, key, u):
+        class_key, sample_key = jax.random.split(key)
+        label = shuffled(class_key, self.n_classes)  # from n_way on: no class of the task
+        y = jnp.repeat(jax.nn.one_hot(label, self.n_out), self.n_each, 0)  # [L, n_way]
+        lots = jax.random.uniform(sample_key, (self.n_classes, self.n_each))
+        is_support = (jnp.argsort(lots, 1) < self.shots).ravel()
+        in_task = jnp.sum(y, 1)
+        support = samples_of(jnp.where(is_support, in_task, 0.0), y)
+        return Task(support, samples_of(jnp.where(is_support, 0.0, in_task), y))
+
+    def loss(self, y, query, log_scale):
+        """The cross-entropy of exp(log_scale)·ŷ."""
+        log_p = jax.nn.log_softmax(jnp.exp(log_scale) * y)
+        return -jnp.mean(jnp.sum(query.y * log_p, (1, 2)))
+
+    def measures(self, y, query):
+        right = jnp.argmax(y, 1) == jnp.argmax(query.y, 1)
+        accuracy = 100 * jnp.sum(query.share * right)
+        return {"accuracy": accuracy, "mse": squared_error(y, query)}
+
+    def baselines(self):
+        return {"accuracy (%) of chance": 100 / self.n_out}
+
+    def encode(self, x):
+        x = np.reshape(x, (len(x), -1))
+        x = finite("x", x, (self.n_in,))
+        if x.min() < 0 or x.max() > 1:
+            raise Refused("x must be from 0 to 1: scale it as config.json says")
+        return jnp.asarray(x, float)
+
+    def targets(self, y):
+        y = finite("y", y, ())
+        if not np.isin(y, range(self.n_out)).all():
+            raise Refused(f"y must hold classes from 0 to {self.n_out - 1}")
+        return jax.nn.one_hot(y.astype(int), self.n_out)
+
+
+class Data(NamedTuple):
+    """Samples of a user's file."""
+
+    x: np.ndarray  # [N, n_in], scaled to [0, 1] by the range of the training part
+    y: np.ndarray  # [N], classes
+    test: np.ndarray  # [N] bool, the samples of the meta-test
+    side: int  # of square images, else 0
+    about: dict  # the file's sha256, that range, and how many numbers were clipped to it
+
+
+class Families(NamedTuple):
+    """The families of tasks of a run."""
+
+    training: Regression | Classification
+    testing: Regression | Classification
+
+
+def classes_of(cfg, data, is_testing):
+    """Classification of the classes of one part of the data."""
+    part = data.test == is_testing
+    names, y, n_members = np.unique(data.y[part], return_inverse=True, return_counts=True)
+    shots, left_over = divmod(cfg.task_size, cfg.n_way)
+    n_all, fewest = len(names), min(n_members, default=0)
+    where = f"{'test' if is_testing else 'training'} part of {cfg.tasks}"
+    refuse(
+        {
+            f"--task_size must be a multiple of --n_way, {cfg.n_way}": left_over == 0,
+            f"{where}: {n_all} classes are fewer than --n_way {cfg.n_way}": n_all >= cfg.n_way,
+            f"{where}: a class has {fewest} samples, but a task needs {shots} and a query": (
+                fewest > shots
+            ),
+        }
+    )
+    n_query = N_QUERY_TEST if is_testing else N_QUERY_TRAIN
+    return Classification(
+        x=jnp.asarray(data.x[part][np.argsort(y)]),
+        first=jnp.asarray(np.cumsum(n_members) - n_members),
+        n_members=jnp.asarray(n_members),
+        most=int(max(n_members)),
+        n_out=cfg.n_way,
+        shots=shots,
+        n_classes=cfg.n_way if is_testing else min(4 * cfg.n_way, n_all),
+        n_each=int(min(shots + n_query, fewest)),
+        side=0 if is_testing else data.side,
+    )
+
+
+def families_of(cfg, data=None):
+    """Families of the settings and of the Data of their file, if they name one."""
+    if data:
+        return Families(*(classes_of(cfg, data, is_testing) for is_testing in (False, True)))
+    family = Regression(FUNCTIONS[cfg.tasks], cfg.dac_bits, cfg.task_size)
+    return Families(family, family)
 
 
 # ---- a look --------------------------------------------------------------------------------------
@@ -228,13 +499,6 @@ def delta_rule(e, w, samples):
     e [L, H]."""
     y = e @ w  # [L, n_out]
     return 2 * e.T @ (samples.share[:, None] * y - samples.y)
-
-
-def squared_error(e, w, samples):
-    """Squared error, mean over the samples and summed over outputs, of weights w [H, n_out] and
-    traces e [L, H]."""
-    y = e @ w  # [L, n_out]
-    return jnp.sum(samples.share[:, None] * y**2 - 2 * samples.y * y) + samples.y2
 
 
 def max_pulses(cfg):
@@ -256,53 +520,25 @@ def comparators(key, cfg, gradient, theta):
 RULES = {"comparators": comparators}
 
 
-# ---- parallelism: chips over cores, accelerators and hosts ---------------------------------------
-
-P = jax.sharding.PartitionSpec
-BATCH = 64  # chips that an accelerator takes at a time
-
-
-def in_turn(f, x):
-    """f of every x, stacked: one at a time on a core, whose caches hold one, else BATCH at a
-    time."""
-    batch_size = None if jax.default_backend() == "cpu" else BATCH
-    return jax.lax.map(f, x, batch_size=batch_size)
-
-
-def places_for(*numbers):
-    """The largest number of JAX's devices that each of these numbers of chips can be shared out to
-    evenly. All that one compiled program runs has to use the same, and several hosts use all."""
-    n_all = jax.device_count()
-    found = next(k for k in range(n_all, 0, -1) if not any(n % k for n in numbers))
-    if jax.process_count() > 1 and found < n_all:
-        what = f"several hosts need a multiple of {n_all} chips: --n_chips, --batch_test"
-        raise Refused(what)
-    return found
-
-
-def on_chips(f, xs, meta, n_places):
-    """f(x, meta) of every x of xs [chips, ...], stacked, on so many of JAX's devices."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:n_places]), ("chips",))
-
-    def here(xs, meta):
-        return in_turn(lambda x: f(x, meta), xs)
-
-    stacked = jax.shard_map(
-        here, mesh=mesh, in_specs=(P("chips"), P()), out_specs=P("chips"), check_vma=False
-    )(xs, meta)
-    everywhere = jax.sharding.NamedSharding(mesh, P())  # as every host needs all
-    return jax.lax.with_sharding_constraint(stacked, everywhere)
-
-
 # ---- inner loop: a chip adapts to a task ---------------------------------------------------------
 
 
 class Meta(NamedTuple):
     """The meta-parameters."""
 
-    g: network.Network  # µS, the conductances that chips are programmed to
+    # µS, the conductances that chips are programmed to; where outputs are exchangeable, the
+    # readout and the thresholds have one column for all
+    g: network.Network
     # [n_inner, H, n_out], ln of the thresholds; [n_inner, 1, 1] where synapses share one
     log_theta: jax.Array
+    # s, the cross-entropy of classes is that of exp(s)·ŷ; without effect on other tasks
+    log_scale: jax.Array
+
+
+def targets_of(meta, family):
+    """Conductances (µS), a Network, that a chip is programmed to."""
+    shape = (*meta.g.readout.shape[:2], family.n_out)
+    return meta.g._replace(readout=jnp.broadcast_to(meta.g.readout, shape))
 
 
 class Times(NamedTuple):
@@ -321,6 +557,13 @@ def times_of(cfg):
 def wait_of(cfg):
     """s from the first read of the meta-test to its query."""
     return cfg.ttest - cfg.tread
+
+
+def rows_of(cfg, family):
+    """Rows of layer 0 for each input and for the bias."""
+    if cfg.n_rows is None:
+        return 16 if family.n_in <= 4 else 1
+    return cfg.n_rows
 
 
 def sizes_of(cfg):
@@ -446,8 +689,15 @@ def log_uniform(key, low, high):
 
 
 def rate_penalty(cfg, rates):
-    """Σ_layers ((mean rate − target_fr)/100 Hz)², of the rates (Hz) of each layer's neurons."""
-    return sum(((jnp.mean(x) - cfg.target_fr) / 100) ** 2 for x in rates)
+    """Σ_layers ((mean rate − target_fr)/100 Hz)² + SILENT·mean(max(0, 1 − rate/MIN_RATE)²), of the
+    rates (Hz) of each layer's neurons. Without its second part ever more neurons fall silent, and
+    pulses with them, so that longer training does harm."""
+
+    def of_layer(x):
+        mean = ((jnp.mean(x) - cfg.target_fr) / 100) ** 2
+        return mean + SILENT * jnp.mean(jnp.maximum(0.0, 1 - x / MIN_RATE) ** 2)
+
+    return sum(of_layer(x) for x in rates)
 
 
 def activity_of(rates):
@@ -459,17 +709,16 @@ def activity_of(rates):
     }
 
 
-def meta_loss(key, meta, cfg, kind, n_tasks):
-    """Outer loss of one chip and n_tasks tasks, and means of what is measured on the way: the
-    query's squared error, as a share of that of predicting 0, and the penalty of rates."""
+def meta_loss(key, meta, cfg, family, kind, n_tasks):
+    """Outer loss of one chip and n_tasks tasks, the family's and the penalty of rates, and means of
+    what is measured on the way."""
     keys = iter(jax.random.split(key, 8))
     device, table = kind
     make = partial(analog.fabricate, table=table)
-    chip = network.assemble(next(keys), device, make, meta.g)
+    chip = network.assemble(next(keys), device, make, targets_of(meta, family))
     chip = network.later(chip, log_uniform(next(keys), cfg.tread, cfg.max_age))
-    family, times = family_of(cfg), times_of(cfg)
-    u = family.pool(next(keys))
-    tasks = jax.vmap(family.task)(jax.random.split(next(keys), n_tasks))
+    times, u = times_of(cfg), family.pool(next(keys))
+    tasks = jax.vmap(family.task, (0, None))(jax.random.split(next(keys), n_tasks), u)
     # One read of the hidden crossbars serves all looks: their reads differ in noise alone, and
     # eight looks take half the time.
     xbars, pulses = adapt_chip(
@@ -479,10 +728,16 @@ def meta_loss(key, meta, cfg, kind, n_tasks):
     readouts = refer(next(keys), device, last, jnp.repeat(times.pulses[-1], n_tasks))
     asked = times.pulses[-1] + log_uniform(next(keys), cfg.twait, cfg.max_rest)
     seen, w = query_chip(next(keys), cfg, device, chip, readouts, u, asked)
-    error = jnp.mean(jax.vmap(squared_error, (None, 0, 0))(seen.e, w, tasks.query))
-    measured = {"loss": error, "pulses": jnp.sum(pulses) / n_tasks, **activity_of(seen.rates)}
-    share = error / jnp.mean(tasks.query.y2)
-    return share + cfg.lambda_fr * rate_penalty(cfg, seen.rates), measured
+    y = seen.e @ w  # [tasks, L, n_out]
+    loss = family.loss(y, tasks.query, meta.log_scale)
+    found = jax.tree.map(jnp.mean, jax.vmap(family.measures)(y, tasks.query))
+    measured = {
+        "loss": loss,
+        **found,
+        "pulses": jnp.sum(pulses) / n_tasks,
+        **activity_of(seen.rates),
+    }
+    return loss + cfg.lambda_fr * rate_penalty(cfg, seen.rates), measured
 
 
 def scale(sizes, tree):
@@ -525,19 +780,216 @@ def project(meta, low, high):
 
 
 def schedule(cfg, step):
-    """Factor of the step sizes: a tenth from lr_drop on."""
-    return jnp.where(step < cfg.lr_drop, 1.0, 0.1)
+    """Factor of the step sizes: a tenth at lr_drop, and from there as 1/step."""
+    return jnp.where(step < cfg.lr_drop, 1.0, 0.1 * cfg.lr_drop / jnp.maximum(step, 1))
 
 
 def update(cfg, lot, state, gradient, step):
     """State after one step of the optimizer: lr_out of the range, LR_THETA of ln θ, times the
     schedule's factor."""
-    units = Meta(g=lot.span, log_theta=1.0)
-    rates = Meta(g=cfg.lr_out * lot.span, log_theta=LR_THETA)
+    units = Meta(g=lot.span, log_theta=1.0, log_scale=1.0)
+    rates = Meta(g=cfg.lr_out * lot.span, log_theta=LR_THETA, log_scale=LR_SCALE)
     direction, state = adam(state, shorten(scale(units, gradient)), step)
     factor = schedule(cfg, step)
     moved = jax.tree.map(lambda x, d: x + factor * d, state.meta, scale(rates, direction))
     return state._replace(meta=project(moved, lot.low, lot.high))
+
+
+def stream(cfg, index):
+    """Key of the start (0), of meta-training (1), of the meta-test (2); studies go on from
+    3."""
+    return jax.random.fold_in(jax.random.key(cfg.seed), index)
+
+
+@jax.jit(static_argnums=0)
+def start(cfg, lot, family):
+    """State before training: the thresholds are a share of the rms of the gradients that the first
+    look at a new chip finds."""
+    keys = iter(jax.random.split(stream(cfg, 0), 6))
+    kind = jax.tree.map(lambda x: x[0], lot.kinds[0])
+    device = kind.device._replace(g_min=lot.low)
+    sizes = sizes_of(cfg)
+    columns = 1 if family.exchangeable else family.n_out
+    g = network.start(next(keys), device, sizes, family.n_in, columns, rows_of(cfg, family))
+    meta = project(Meta(g, None, jnp.array(0.0)), lot.low, lot.high)
+    chip = network.assemble(next(keys), kind.device, analog.fabricate, targets_of(meta, family))
+    u = family.pool(next(keys))
+    seen = observe(next(keys), cfg, kind.device, chip, u, cfg.tread)
+    w = network.read(next(keys), kind.device, chip.readout, cfg.tread, cfg.compensate)
+    tasks = jax.vmap(family.task, (0, None))(jax.random.split(next(keys), 64), u)
+    gradients = jax.vmap(delta_rule, (None, None, 0))(seen.e, w, tasks.support)
+    rms = jnp.sqrt(jnp.mean(gradients**2))
+    shape = (1, 1) if cfg.shared_thr else (len(w), columns)
+    theta = jnp.full((cfg.n_inner, *shape), cfg.grad_thr * jnp.maximum(rms, TINY))
+    meta = meta._replace(log_theta=jnp.log(theta))
+    zero = jax.tree.map(jnp.zeros_like, meta)
+    return State(meta, zero, zero)
+
+
+# ---- meta-test -----------------------------------------------------------------------------------
+
+class Episode(NamedTuple):
+    """One task on one chip."""
+
+    measured: dict  # by names of figures.MEASURED
+    task: Task
+    u: jax.Array  # [L, n_in], the pool
+    # [2, L, n_out], outputs for the pool before and after adaptation
+    outputs: jax.Array
+    chip: network.Network  # of tiles; its times count from the episode's first read
+
+
+def scene(key, meta, family, device, make=analog.deploy):
+    """A new chip whose programming ended at its time 0, its crossbars made by make; a pool of
+    inputs, a task, and a key."""
+    chip_key, pool_key, task_key, key = jax.random.split(key, 4)
+    chip = network.assemble(chip_key, device, make, targets_of(meta, family))
+    u = family.pool(pool_key)
+    return chip, u, family.task(task_key, u), key
+
+
+def teach(adapt_key, refer_key, meta, cfg, device, chip, u, support):
+    """The readouts of a chip after each look at a support, tiles [n_inner, ...], and the pulses
+    [n_inner, 2, H, n_out]."""
+    times, supports = times_of(cfg), jax.tree.map(lambda x: x[None], support)
+    found = adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
+    xbars, pulses = jax.tree.map(lambda x: x[0], found)
+    return refer(refer_key, device, xbars, times.pulses), pulses
+
+
+def episode(key, meta, cfg, family, device, make=analog.deploy):
+    """Episode of a task that a new chip, its crossbars made by make, meets at tread."""
+    chip, u, task, key = scene(key, meta, family, device, make)
+    chip = network.later(chip, cfg.tread)
+    return learn_and_test(key, meta, cfg, family, device, chip, u, task)
+
+
+def learn_and_test(key, meta, cfg, family, device, chip, u, task):
+    """Episode of a chip that meets a task at its time 0, with a pool of inputs u [L, n_in]."""
+    adapt_key, refer_key, ask_key, day_key = jax.random.split(key, 4)
+    after, pulses = teach(adapt_key, refer_key, meta, cfg, device, chip, u, task.support)
+    asked = wait_of(cfg)
+    readouts = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), chip.readout, after)
+    seen, w = query_chip(ask_key, cfg, device, chip, readouts, u, asked)
+    late, w_late = query_chip(day_key, cfg, device, chip, readouts, u, asked + DAY)
+    last = jax.tree.map(lambda x: x[-1], readouts)
+    y, y_late = seen.e @ w, late.e @ w_late[-1]
+    of_a_day_later = family.measures(y_late, task.query).items()
+    measured = {
+        **jax.vmap(family.measures, (0, None))(y, task.query),
+        **{f"{name}_day": x for name, x in of_a_day_later},
+        "pulses": jnp.sum(pulses),
+        **changes(device, chip.readout.xbar, last.xbar),
+        **activity_of(seen.rates),
+    }
+    return Episode(measured, task, u, y[jnp.array([0, -1])], chip._replace(readout=last))
+
+
+def changes(device, before, after):
+    """What pulses have done to a readout."""
+    moved = analog.weights(device, after.g - before.g)
+    return {
+        "touched": 100 * jnp.mean(after.t_prog > before.t_prog),
+        "dw": jnp.sum(jnp.abs(moved)),
+    }
+
+
+def reported(key, meta, cfg, family, device):
+    """episode without its chip, which would fill the memory of many."""
+    return episode(key, meta, cfg, family, device)._replace(chip=None)
+
+
+class Learned(NamedTuple):
+    """A chip that has learned a user's task."""
+
+    chip: network.Network  # of tiles; its times count from the first read of the adaptation
+    pulses: jax.Array  # [n_inner, 2, H, n_out]
+    predict: Callable  # of a key, inputs x and a time t (s since that read), to outputs [N, n_out]
+
+
+def learn(key, run, device, x, y, chip=None, age=None):
+    """Learned of samples x and y of a user: inputs and targets [N] of a function, or samples [N, …]
+    from 0 to 1 and their classes. The chip, a new one by default, has its first read at that age
+    (s since its time 0; default: tread). Refused where they do not fit the network."""
+    family = families_of(run.cfg, run.data).testing
+    meta = project(run.state.meta, *common_range([device]))
+    u, y = family.encode(x), family.targets(y)
+    if len(u) != len(y):
+        raise Refused(f"x has {len(u)} samples, y {len(y)}")
+    cfg = run.cfg
+    if len(u) > cfg.task_size:  # they need more time before each pulse
+        longer = {"task_size": len(u), "tprog": None, "tlook": None, "ttest": None}
+        cfg = complete(dataclasses.replace(cfg, **longer), {"its device": device})
+    chip_key, adapt_key, refer_key = jax.random.split(key, 3)
+    age, targets = cfg.tread if age is None else age, targets_of(meta, family)
+    if chip is None:
+        chip = network.assemble(chip_key, device, analog.deploy, targets)
+    for tile, target in zip(network.tiles(chip), jax.tree.leaves(targets), strict=True):
+        finite("each crossbar of the chip", tile.xbar.g, target.shape[1:])
+        if age < jnp.max(tile.xbar.t_prog) + device.t_verify:
+            raise Refused(f"age must be {device.t_verify:g} s or more after the last pulse")
+    chip = network.later(chip, age)
+    support = samples_of(jnp.ones(len(u)), y)
+    after, pulses = teach(adapt_key, refer_key, meta, cfg, device, chip, u, support)
+    chip = chip._replace(readout=jax.tree.map(lambda x: x[-1], after))
+    soonest = times_of(cfg).pulses[-1] + device.t_verify
+
+    def predict(key, x, t=None):
+        t = wait_of(cfg) if t is None else t
+        if t < soonest:
+            raise Refused(f"t must be {soonest:g} s or more, after the pulses")
+        readouts = jax.tree.map(lambda x: x[None], chip.readout)
+        seen, w = query_chip(key, cfg, device, chip, readouts, family.encode(x), t)
+        return seen.e @ w[0]
+
+    return Learned(chip, pulses, predict)
+
+
+def summary(x):
+    """Mean of x [n, ...] over axis 0, n, and from 64 on the half-width of its 95 %
+    confidence interval."""
+    found = {"mean": np.mean(x, 0).tolist(), "n": len(x)}
+    if len(x) >= 64:
+        found["ci95"] = (1.96 * np.std(x, 0, ddof=1) / len(x) ** 0.5).tolist()
+    return found
+
+
+# ---- many chips: over cores, accelerators and hosts ----------------------------------------------
+
+P = jax.sharding.PartitionSpec
+BATCH = 64  # chips that an accelerator takes at a time
+
+
+def in_turn(f, x):
+    """f of every x, stacked: one at a time on a core, whose caches hold one, else BATCH at a
+    time."""
+    batch_size = None if jax.default_backend() == "cpu" else BATCH
+    return jax.lax.map(f, x, batch_size=batch_size)
+
+
+def places_for(*numbers):
+    """The largest number of JAX's devices that each of these numbers of chips can be shared out to
+    evenly. All that one compiled program runs has to use the same, and several hosts use all."""
+    n_all = jax.device_count()
+    found = next(k for k in range(n_all, 0, -1) if not any(n % k for n in numbers))
+    if jax.process_count() > 1 and found < n_all:
+        what = f"several hosts need a multiple of {n_all} chips: --n_chips, --batch_test"
+        raise Refused(what)
+    return found
+
+
+def on_chips(f, xs, meta, n_places):
+    """f(x, meta) of every x of xs [chips, ...], stacked, on so many of JAX's devices."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:n_places]), ("chips",))
+
+    def here(xs, meta):
+        return in_turn(lambda x: f(x, meta), xs)
+
+    stacked = jax.shard_map(
+        here, mesh=mesh, in_specs=(P("chips"), P()), out_specs=P("chips"), check_vma=False
+    )(xs, meta)
+    everywhere = jax.sharding.NamedSharding(mesh, P())  # as every host needs all
+    return jax.lax.with_sharding_constraint(stacked, everywhere)
 
 
 def lot_of(cfg, devices):
@@ -564,38 +1016,7 @@ def table_of(cfg, device):
     return analog.EXACT._replace(std=analog.EXACT.std + cfg.off_noise * device.g_max)
 
 
-def stream(cfg, index):
-    """Key of the start (0), of meta-training (1), of the meta-test (2); studies go on from
-    3."""
-    return jax.random.fold_in(jax.random.key(cfg.seed), index)
-
-
-@jax.jit(static_argnums=0)
-def start(cfg, lot):
-    """State before training: the thresholds are a share of the rms of the gradients that the first
-    look at a new chip finds."""
-    keys = iter(jax.random.split(stream(cfg, 0), 6))
-    family = family_of(cfg)
-    kind = jax.tree.map(lambda x: x[0], lot.kinds[0])
-    device = kind.device._replace(g_min=lot.low)
-    sizes = sizes_of(cfg)
-    g = network.start(next(keys), device, sizes, family.n_in, family.n_out, cfg.n_rows)
-    g = project(Meta(g, None), lot.low, lot.high).g
-    chip = network.assemble(next(keys), kind.device, analog.fabricate, g)
-    u = family.pool(next(keys))
-    seen = observe(next(keys), cfg, kind.device, chip, u, cfg.tread)
-    w = network.read(next(keys), kind.device, chip.readout, cfg.tread, cfg.compensate)
-    tasks = jax.vmap(family.task)(jax.random.split(next(keys), 64))
-    gradients = jax.vmap(delta_rule, (None, None, 0))(seen.e, w, tasks.support)
-    rms = jnp.sqrt(jnp.mean(gradients**2))
-    shape = (1, 1) if cfg.shared_thr else w.shape
-    theta = jnp.full((cfg.n_inner, *shape), cfg.grad_thr * jnp.maximum(rms, TINY))
-    meta = Meta(g, jnp.log(theta))
-    zero = jax.tree.map(jnp.zeros_like, meta)
-    return State(meta, zero, zero)
-
-
-def gradient_of(cfg, lot, meta, key):
+def gradient_of(key, cfg, lot, family, meta):
     """Gradient of the outer loss and what is measured, means over n_chips chips of each
     device."""
     numbers = [len(kind.device.g_max) for kind in lot.kinds]  # of devices of each family
@@ -605,7 +1026,7 @@ def gradient_of(cfg, lot, meta, key):
 
     def chip(x, meta):
         key, kind = x
-        loss = partial(meta_loss, cfg=cfg, kind=kind, n_tasks=n_tasks)
+        loss = partial(meta_loss, cfg=cfg, family=family, kind=kind, n_tasks=n_tasks)
         return jax.grad(loss, 1, has_aux=True)(key, meta)
 
     found = []
@@ -616,142 +1037,81 @@ def gradient_of(cfg, lot, meta, key):
     return jax.tree.map(lambda *x: jnp.mean(jnp.concatenate(x), 0), *found)
 
 
-@jax.jit(static_argnums=0)
-def train_chunk(cfg, lot, state, key, steps):
-    """State after the meta-iterations steps [n], and means of what was measured in them."""
+@jax.jit(static_argnums=1)
+def train_chunk(key, cfg, lot, family, state, first, last):
+    """State after the meta-iterations from first to last − 1, and means of what was measured in
+    them. A loop of any length is one compiled program, so that a stop does not change a bit."""
+    gradient = partial(gradient_of, cfg=cfg, lot=lot, family=family)
+    like = jax.eval_shape(gradient, key, meta=state.meta)[1]
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
-    def iterate(state, step):
+    def iterate(step, carried):
+        state, total = carried
         step_key = jax.random.fold_in(key, step)
-        gradient, measured = gradient_of(cfg, lot, state.meta, step_key)
-        return update(cfg, lot, state, gradient, step), measured
+        found, measured = gradient(step_key, meta=state.meta)
+        state = update(cfg, lot, state, found, step)
+        return state, jax.tree.map(jnp.add, total, measured)
 
-    state, measured = jax.lax.scan(iterate, state, steps)
-    return state, jax.tree.map(lambda x: jnp.mean(x, 0), measured)
-
-
-# ---- meta-test -----------------------------------------------------------------------------------
-
-# What a meta-test measures: name, and label with the unit and the number of an entry.
-MEASURED = {
-    "mse": "squared error after look {}",
-    "mse_day": "squared error a day later",
-    "pulses": "pulses of an adaptation",
-    "touched": "readout devices touched (%)",
-    "dw": "Σ|ΔW| over the synapses",
-    "rates": "firing rate (Hz) of layer {}",
-    "silent": "neurons of layer {} silent for all inputs (%)",
-    "spikes": "spikes per presentation",
-}
+    state, total = jax.lax.fori_loop(first, last, iterate, (state, nothing))
+    return state, jax.tree.map(lambda x: x / (last - first), total)
 
 
-class Episode(NamedTuple):
-    """One task on one chip."""
-
-    measured: dict  # by the names of MEASURED
-    task: Task
-    # [2, L, n_out], outputs for the pool before and after adaptation
-    outputs: jax.Array
-    chip: network.Network  # of tiles; its times count from the episode's first read
-
-
-def scene(key, meta, cfg, device, make=analog.deploy):
-    """A new chip whose programming ended at its time 0, its crossbars made by make; a pool of
-    inputs, a task, and a key."""
-    chip_key, pool_key, task_key, key = jax.random.split(key, 4)
-    chip = network.assemble(chip_key, device, make, meta.g)
-    family = family_of(cfg)
-    return chip, family.pool(pool_key), family.task(task_key), key
-
-
-def learn(adapt_key, refer_key, meta, cfg, device, chip, u, task):
-    """The readouts of a chip after each look at a task, tiles [n_inner, ...], and the pulses
-    [n_inner, 2, H, n_out]."""
-    times, supports = times_of(cfg), jax.tree.map(lambda x: x[None], task.support)
-    found = adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
-    xbars, pulses = jax.tree.map(lambda x: x[0], found)
-    return refer(refer_key, device, xbars, times.pulses), pulses
-
-
-def episode(key, meta, cfg, device, make=analog.deploy):
-    """Episode of a task that a new chip, its crossbars made by make, meets at tread."""
-    chip, u, task, key = scene(key, meta, cfg, device, make)
-    chip = network.later(chip, cfg.tread)
-    return learn_and_test(key, meta, cfg, device, chip, u, task)
-
-
-def learn_and_test(key, meta, cfg, device, chip, u, task):
-    """Episode of a chip that meets a task at its time 0, with a pool of inputs u [L, n_in]."""
-    adapt_key, refer_key, ask_key, day_key = jax.random.split(key, 4)
-    after, pulses = learn(adapt_key, refer_key, meta, cfg, device, chip, u, task)
-    asked = wait_of(cfg)
-    readouts = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), chip.readout, after)
-    seen, w = query_chip(ask_key, cfg, device, chip, readouts, u, asked)
-    late, w_late = query_chip(day_key, cfg, device, chip, readouts, u, asked + DAY)
-    last = jax.tree.map(lambda x: x[-1], readouts)
-    measured = {
-        "mse": jax.vmap(squared_error, (None, 0, None))(seen.e, w, task.query),
-        "mse_day": squared_error(late.e, w_late[-1], task.query),
-        "pulses": jnp.sum(pulses),
-        **changes(device, chip.readout.xbar, last.xbar),
-        **activity_of(seen.rates),
-    }
-    outputs = seen.e @ w[jnp.array([0, -1])]
-    return Episode(measured, task, outputs, chip._replace(readout=last))
-
-
-def changes(device, before, after):
-    """What pulses have done to a readout."""
-    moved = analog.weights(device, after.g - before.g)
-    return {
-        "touched": 100 * jnp.mean(after.t_prog > before.t_prog),
-        "dw": jnp.sum(jnp.abs(moved)),
-    }
-
-
-def reported(key, meta, cfg, device):
-    """episode without its chip, which would fill the memory of many."""
-    return episode(key, meta, cfg, device)._replace(chip=None)
-
-
-@jax.jit(static_argnums=(0, 1, 3))
-def test(experiment, cfg, device, n, key, meta):
-    """experiment(key, meta, cfg, device) of n chips, arrays [n, ...]."""
+@jax.jit(static_argnums=(1, 2, 5))
+def test(key, experiment, cfg, family, device, n, meta):
+    """experiment(key, meta, cfg, family, device) of n chips, arrays [n, ...]."""
 
     def one(key, given):
-        device, meta = given
-        return experiment(key, meta, cfg, device)
+        meta, family, device = given
+        return experiment(key, meta, cfg, family, device)
 
-    return on_chips(one, jax.random.split(key, n), (device, meta), places_for(n))
-
-
-def summary(x):
-    """Mean of x [n, ...] over axis 0, n, and from 64 on the half-width of its 95 %
-    confidence interval."""
-    found = {"mean": np.mean(x, 0).tolist(), "n": len(x)}
-    if len(x) >= 64:
-        found["ci95"] = (1.96 * np.std(x, 0, ddof=1) / len(x) ** 0.5).tolist()
-    return found
+    return on_chips(one, jax.random.split(key, n), (meta, family, device), places_for(n))
 
 
-def baselines(cfg):
-    """Squared errors of predicting 0 and of the best function that ignores the task, over
-    2¹⁴ tasks."""
-    keys = jax.random.split(jax.random.key(0), 2**14)
-    queries = jax.jit(jax.vmap(family_of(cfg).task))(keys).query
-    zero, best = float(np.mean(queries.y2)), np.mean(queries.y, 0)
-    gain = float(np.sum(best**2 / np.maximum(np.mean(queries.share, 0), TINY)[:, None]))
-    return {"predicting 0": zero, "best function that ignores the task": zero - gain}
+# ---- a file of samples ---------------------------------------------------------------------------
+
+
+def load_data(path):
+    """Data of a file of arrays x [N, ...], y [N] and perhaps test [N]; Refused where they make no
+    sense."""
+    try:
+        content = Path(path).read_bytes()
+        with np.load(io.BytesIO(content)) as file:
+            arrays = dict(file)
+        x, y = arrays["x"], arrays["y"]
+    except Exception as error:  # a damaged archive fails in many ways
+        what = f"neither one of {', '.join(FUNCTIONS)} nor a file of arrays x and y"
+        raise Refused(f"--tasks: {path} is {what}: {error}") from None
+    x, y = finite(f"x of {path}", x, x.shape[1:]), finite(f"y of {path}", y, ())
+    classes = np.unique(y)
+    last_fifth = classes[len(classes) - len(classes) // 5 :]
+    test = arrays.get("test", np.isin(y, last_fifth))
+    refuse(
+        {
+            f"{path}: y must hold integers": y.dtype.kind in "bui",
+            f"{path}: test must hold true and false": test.dtype == bool,
+            f"{path}: x, y and test differ in length": len(x) == len(y) == len(test),
+            f"{path}: the training part is empty": not test.all(),
+        }
+    )
+    low, high = float(x[~test].min()), float(x[~test].max())
+    share = (x.reshape(len(x), -1) - low) / max(high - low, TINY)
+    is_square = x.ndim == 3 and x.shape[1] == x.shape[2]
+    about = {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "low": low,
+        "high": high,
+        "clipped": int(np.sum((share < 0) | (share > 1))),
+    }
+    side = x.shape[1] if is_square else 0
+    return Data(np.clip(share, 0, 1).astype(np.float32), y, test, side, about)
+
+
+def data_of(cfg):
+    """Data of the file that the settings name; None where they name a function."""
+    return None if cfg.tasks in FUNCTIONS else load_data(cfg.tasks)
 
 
 # ---- run folder ----------------------------------------------------------------------------------
-
-
-class Refused(Exception):
-    """What a user can mend, in one line."""
-
-    def __init__(self, message, status=2):
-        super().__init__(" ".join(str(message).split()))
-        self.status = status  # of the process: 1 where a run has failed
 
 
 class Run(NamedTuple):
@@ -759,15 +1119,16 @@ class Run(NamedTuple):
 
     cfg: Config
     devices: dict  # analog.Device by name, in the order of a report
+    data: Data | None  # of the file that the settings name, if they name one
     state: State
     step: int = 0
     rows: tuple = ()  # of metrics.csv, dictionaries
     versions: dict | None = None  # provenance() when what was loaded was saved
 
 
-def replace(path, data):
-    """Put data into the file, which is replaced as a whole: a reader, or a run killed at
-    any moment, finds the old or the new. OSError if it cannot be written."""
+def write(path, data):
+    """Put data into the file, which is replaced as a whole: a reader, or a run killed at any
+    moment, finds the old or the new. Refused where it cannot be written."""
     if jax.process_index():  # of several hosts the first alone writes
         return
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -775,19 +1136,10 @@ def replace(path, data):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         os.replace(part, path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             part.unlink()
-        raise
-
-
-def write(path, data):
-    """Put data into a file that a run cannot do without."""
-    try:
-        replace(path, data)
-    except OSError as error:
-        what = f"cannot write {path}: {error.strerror}; the last checkpoint stands"
-        raise Refused(what, 1) from None
+        raise Refused(f"cannot write {path}: {error.strerror}", 1) from None
 
 
 def write_json(path, content):
@@ -804,12 +1156,14 @@ def write_arrays(path, arrays):
 
 @cache
 def provenance():
-    """What a result depends on beside its settings."""
-    commit = None
-    with suppress(OSError):
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """What a result depends on beside its settings; the commit is marked where files were
+    edited."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    packages = ("jax", "jaxlib", "numpy", "matplotlib")
+    except OSError:
+        commit = None
+    packages = ("jax", "jaxlib", "numpy")
     return {
         **{name: metadata.version(name) for name in packages},
         "python": platform.python_version(),
@@ -846,6 +1200,7 @@ def save(run, folder):
     config = {
         "config": vars(run.cfg),
         "device": [device, *others] if others else device,
+        "data": run.data and run.data.about,
         "versions": provenance(),
     }
     write_json(folder / "config.json", config)
@@ -866,28 +1221,33 @@ def load(folder):
         if isinstance(described, dict):
             described = [described]
         devices = dict(map(analog.from_constants, described))
-        cfg = Config(**{name: saved["config"][name] for name in vars(Config())})
+        given = saved["config"]
+        cfg = config_of(given | {name: given[name] for name in vars(Config())})  # none missing
+        data = data_of(cfg)
+        if (data and data.about) != saved["data"]:
+            raise Refused(f"{cfg.tasks} is not the file that it was")
         exact = dataclasses.replace(cfg, off_noise=0.0)  # shapes need no table of programming
-        like = jax.eval_shape(start, exact, lot_of(exact, devices))
+        family = families_of(cfg, data).training
+        like = jax.eval_shape(start, exact, lot_of(exact, devices), family)
         with np.load(folder / "checkpoint.npz") as file:
             leaves = [file[name].reshape(x.shape) for name, x in by_name(like).items()]
             step, rows = int(file["step"]), json.loads(str(file["rows"]))
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return Run(cfg, devices, state, step, tuple(rows), saved["versions"])
+        return Run(cfg, devices, data, state, step, tuple(rows), dict(saved["versions"]))
     except Exception as error:  # a damaged archive fails in many ways
         what = f"{folder} holds no run, a damaged one, or one of other code: {error}"
         raise Refused(what) from None
 
 
-def runs():
-    """The run folders run/1, run/2, … by their number."""
-    folders = [x for x in Path("run").glob("*") if x.name.isdecimal()]
-    return {int(folder.name): folder for folder in folders}
+def numbered():
+    """The run folders run/1, run/2, … in this order."""
+    found = [folder for folder in Path("run").glob("*") if folder.name.isdecimal()]
+    return sorted(found, key=lambda folder: int(folder.name))
 
 
 def latest():
     """The last run folder that holds a run."""
-    for _, folder in sorted(runs().items(), reverse=True):
+    for folder in reversed(numbered()):
         if (folder / "checkpoint.npz").exists():
             return folder
     raise Refused("there is no run in run/ to resume; name its folder with --run_dir")
@@ -895,7 +1255,8 @@ def latest():
 
 def new_folder(run_dir):
     """The folder of a new run: run_dir, or the next of run/1, run/2, …"""
-    folder = Path(run_dir or f"run/{max(runs(), default=0) + 1}")
+    last = int(numbered()[-1].name) if numbered() else 0
+    folder = Path(run_dir or f"run/{last + 1}")
     if (folder / "checkpoint.npz").exists() and not jax.process_index():
         raise Refused(f"{folder} holds a run: go on with --resume, or name another folder")
     try:
@@ -910,9 +1271,33 @@ def new_folder(run_dir):
 
 # ---- command line --------------------------------------------------------------------------------
 
-CHOICES = {"tasks": FUNCTIONS, "rule": RULES}
 # Settings that may change between a checkpoint and its --resume.
 MAY_CHANGE = {"n_iter", "lr_drop", "batch_test", "ttest"}
+
+
+def problem_of(field, x):
+    """Why the setting of a field of Config cannot be x; nothing where it can."""
+    least, choices = field.metadata["least"], field.metadata["choices"]
+    kinds = (int, float) if field.type is float else (field.type,)
+    if x is None and field.default is None:
+        return ""
+    if type(x) not in kinds:
+        return f"must be of type {field.type.__name__}"
+    if choices and x not in choices:
+        return f"must be one of {', '.join(map(str, choices))}"
+    if field.type in (int, float) and not least <= x < 2**31:
+        return f"must be from {least:g} to 2³¹"
+    return ""
+
+
+def config_of(values):
+    """Config of settings by name; Refused where one is unknown or cannot have its value."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for name, x in values.items():
+        problem = problem_of(fields[name], x) if name in fields else "is not a setting"
+        if problem:
+            raise Refused(f"--{name} {problem}: {x!r:.40}")
+    return Config(**values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -926,43 +1311,27 @@ def add_settings(parser):
     """Give the parser a flag for every setting, and --perf."""
     for field in dataclasses.fields(Config):
         default = "" if field.default is None else f" (default: {field.default})"
-        choices = CHOICES.get(field.name, field.metadata["choices"])
-        kind = {"type": field.type, "choices": choices}
+        kind = {"type": field.type}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = field.metadata["help"] + default
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
-    parser.add_argument(
-        "--perf",
-        dest="device",
-        action="store_const",
-        const="perf",
-        default=argparse.SUPPRESS,
-        help="ideal devices: --device perf",
-    )
-
-
-def build_parser():
-    """The parser of the command line."""
-    about = (__doc__ or "").split("\n\n")[0]
-    parser = Parser(allow_abbrev=False, description=about)
-    add_settings(parser)
-    parser.add_argument(
-        "--preset", choices=PRESETS, help="settings that belong together; flags beside it win"
-    )
-    parser.add_argument("--run_dir", help="folder of the run (default: the next of run/1, …)")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the latest run in run/, or that in --run_dir; "
-        "once n_iter is reached, only test",
-    )
-    return parser
+    perf = {"dest": "device", "action": "store_const", "const": "perf"}
+    text = "ideal devices: --device perf"
+    parser.add_argument("--perf", default=argparse.SUPPRESS, help=text, **perf)
 
 
 def parse(argv):
     """The settings given on a command line, a preset's among them; its --run_dir and --resume."""
-    flags = vars(build_parser().parse_args(argv))
+    about = (__doc__ or "").split("\n\n")[0]
+    parser = Parser(allow_abbrev=False, description=about)
+    add_settings(parser)
+    text = "settings that belong together; flags beside it win"
+    parser.add_argument("--preset", choices=PRESETS, help=text)
+    parser.add_argument("--run_dir", help="folder of the run (default: the next of run/1, …)")
+    text = "go on with the latest run in run/, or that in --run_dir"
+    parser.add_argument("--resume", action="store_true", help=text)
+    flags = vars(parser.parse_args(argv))
     preset, run_dir, resume = map(flags.pop, ("preset", "run_dir", "resume"))
     given = PRESETS.get(preset, {})
     if resume:  # what may change keeps what the run has
@@ -984,88 +1353,64 @@ def devices_of(names):
     return devices
 
 
-def with_times(cfg, devices):
-    """The settings with the times that were not given: as soon as the samples allow."""
-    shown = cfg.task_size * network.N_STEPS * network.DT
-    tprog = cfg.tread + shown if cfg.tprog is None else cfg.tprog
-    verified = max(device.t_verify for device in devices.values())
-    soonest = tprog - cfg.tread + verified
+def complete(cfg, devices):
+    """The settings, with those that follow from others; Refused where they, or devices by name,
+    contradict each other."""
+    shown = cfg.tread + cfg.task_size * network.N_STEPS * network.DT
+    tprog = shown if cfg.tprog is None else cfg.tprog
+    t_verify = max(device.t_verify for device in devices.values())
+    soonest = tprog - cfg.tread + t_verify
     tlook = max(20.0, soonest) if cfg.tlook is None else cfg.tlook
     last = tprog + (cfg.n_inner - 1) * tlook
     ttest = last + cfg.twait if cfg.ttest is None else cfg.ttest
-    needs = {
-        f"--tprog must be {cfg.tread + shown:g} s or more, after the samples": (
-            tprog >= cfg.tread + shown
-        ),
-        f"--tlook must be {soonest:g} s or more, after pulses and their read": tlook >= soonest,
-        f"--twait must be t_verify, {verified:g} s, or more": cfg.twait >= verified,
-        f"--ttest must be {last + verified:g} s or more, after the pulses": (
-            ttest >= last + verified
-        ),
-    }
-    refuse(needs)
-    return dataclasses.replace(cfg, tprog=tprog, tlook=tlook, ttest=ttest)
-
-
-def refuse(needs):
-    """Refused for the first of the needs {message: whether it is met} that is not met."""
-    for message, is_met in needs.items():
-        if not is_met:
-            raise Refused(message)
-
-
-def check(cfg, devices):
-    """Refuse settings that make no sense."""
-    for field in dataclasses.fields(Config):
-        value, least = getattr(cfg, field.name), field.metadata["least"]
-        if type(value) in (int, float) and not least <= value < 2**31:
-            raise Refused(f"--{field.name} must be from {least:g} to 2³¹, not {value}")
-    n = len(devices)
-    low, high = common_range(devices.values())
-    ranges = {name: device.g_max for name, device in devices.items()}
-    said = ", ".join(f"{name} has {g_max:g} µS" for name, g_max in ranges.items())
+    n, (low, high) = len(devices), common_range(devices.values())
+    g_max = {name: device.g_max for name, device in devices.items()}
     refuse(
         {
-            f"--device: all must agree in g_max, but {said}": len(set(ranges.values())) == 1,
-            "--device: no conductance can be programmed on all of them": low < high,
+            f"--tprog must be {shown} s or more, after the samples": tprog >= shown,
+            f"--tlook must be {soonest} s or more, after pulses and their read": tlook >= soonest,
+            f"--twait must be t_verify, {t_verify} s, or more": cfg.twait >= t_verify,
+            f"--ttest must be {last + t_verify} s or more, after the pulses": (
+                ttest >= last + t_verify
+            ),
+            f"--max_age must be at least tread, {cfg.tread} s": cfg.max_age >= cfg.tread,
+            f"--max_rest must be at least twait, {cfg.twait} s": cfg.max_rest >= cfg.twait,
+            f"--rule must be one of {', '.join(RULES)}": cfg.rule in RULES,
             f"--batch_train must be a multiple of {n} devices": cfg.batch_train % n == 0,
-            f"--max_age must be at least tread, {cfg.tread:g} s": cfg.max_age >= cfg.tread,
-            f"--max_rest must be at least twait, {cfg.twait:g} s": cfg.max_rest >= cfg.twait,
+            f"--device: all must agree in g_max (µS), but have {g_max}": (
+                len(set(g_max.values())) == 1
+            ),
+            "--device: no conductance can be programmed on all of them": low < high,
         }
     )
+    names = ",".join(devices)
+    return dataclasses.replace(cfg, device=names, tprog=tprog, tlook=tlook, ttest=ttest)
 
 
 def configure(flags):
     """Config and devices of a new run."""
-    given = Config(**flags)
-    devices = devices_of(given.device)
-    check(given, devices)
-    cfg = with_times(given, devices)
-    return dataclasses.replace(cfg, device=",".join(devices)), devices
+    cfg = config_of(flags)
+    devices = devices_of(cfg.device)
+    return complete(cfg, devices), devices
 
 
 def resumed(flags, folder):
     """The Run in a folder with the flags that may change; others must be as they were."""
     run = load(folder)
-    named = flags.pop("device", None)
-    other = {name for name, x in flags.items() if x != getattr(run.cfg, name)}
-    if named and devices_of(named) != run.devices:
-        other.add("device")
-    for name in sorted(other - MAY_CHANGE):
+    devices = devices_of(flags["device"]) if "device" in flags else run.devices
+    cfg = complete(config_of(vars(run.cfg) | flags), devices)
+    differ = {name for name, x in vars(cfg).items() if x != getattr(run.cfg, name)}
+    if devices != run.devices:
+        differ.add("device")
+    for name in sorted(differ - MAY_CHANGE):
         before = getattr(run.cfg, name)
-        raise Refused(
-            f"{folder} holds a run with --{name} {before}: leave out that flag or --resume"
-        )
-    cfg = dataclasses.replace(run.cfg, **flags)
-    check(cfg, run.devices)
-    cfg = with_times(cfg, run.devices)
+        what = f"{folder} holds a run with --{name} {before}: leave out that flag or --resume"
+        raise Refused(what)
     if cfg.n_iter < run.step:
         raise Refused(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
-    print(f"resuming {folder} after iteration {run.step}")
     now = provenance().items()
     changed = [name for name, x in now if run.versions.get(name) != x]
-    if changed:
-        print(f"changed since {folder} was saved: {', '.join(changed)}")
+    print(f"resuming {folder} after iteration {run.step}; changed since: {changed or 'nothing'}")
     return run._replace(cfg=cfg)
 
 
@@ -1076,8 +1421,9 @@ def prepare(argv):
         folder = Path(run_dir or latest())
         return resumed(flags, folder), folder
     cfg, devices = configure(flags)
-    run = Run(cfg, devices, start(cfg, lot_of(cfg, devices)))
-    return run, new_folder(run_dir)
+    data = data_of(cfg)
+    state = start(cfg, lot_of(cfg, devices), families_of(cfg, data).training)
+    return Run(cfg, devices, data, state), new_folder(run_dir)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1102,11 +1448,10 @@ def assert_sound(run, measured, folder):
 def row_of(step, meta, measured):
     """The row of metrics.csv for a chunk whose means are measured, its values by column."""
     thresholds = np.exp(np.median(meta.log_theta, (1, 2)))
+    means = {name: float(x) for name, x in measured.items() if not np.shape(x)}
     return {
         "step": step,
-        "loss": float(measured["loss"]),
-        "pulses": float(measured["pulses"]),
-        "spikes": float(measured["spikes"]),
+        **means,
         **{f"rate{i}_hz": float(x) for i, x in enumerate(measured["rates"])},
         **{f"silent{i}": float(x) for i, x in enumerate(measured["silent"])},
         **{f"theta_{k}": float(x) for k, x in enumerate(thresholds)},
@@ -1116,79 +1461,39 @@ def row_of(step, meta, measured):
 def train(run, folder):
     """The Run after meta-training up to n_iter, saved every CHUNK iterations."""
     cfg, lot = run.cfg, lot_of(run.cfg, run.devices)
+    family = families_of(cfg, run.data).training
     bar = tqdm(total=cfg.n_iter, initial=run.step, unit="it", file=sys.stdout)
     with bar:
         while run.step < cfg.n_iter:
             last = min((run.step // CHUNK + 1) * CHUNK, cfg.n_iter)
-            steps = np.arange(run.step, last)
-            state, measured = jax.device_get(
-                train_chunk(cfg, lot, run.state, stream(cfg, 1), steps)
-            )
+            key = stream(cfg, 1)
+            found = train_chunk(key, cfg, lot, family, run.state, run.step, last)
+            state, measured = jax.device_get(found)
             row = row_of(last, state.meta, measured)
             run = run._replace(state=state, step=last, rows=(*run.rows, row))
             assert_sound(run, measured, folder)
             save(run, folder)
             bar.set_postfix(loss=row["loss"], refresh=False)
-            bar.update(len(steps))
+            bar.update(last - bar.n)
     return run
 
 
 def meta_test(run):
     """Episodes on each device by its name, and what results.json holds."""
     cfg, meta, key = run.cfg, run.state.meta, stream(run.cfg, 2)
+    family = families_of(cfg, run.data).testing
     episodes = {
-        name: jax.device_get(test(reported, cfg, device, cfg.batch_test, key, meta))
+        name: jax.device_get(test(key, reported, cfg, family, device, cfg.batch_test, meta))
         for name, device in run.devices.items()
     }
     found = {name: jax.tree.map(summary, x.measured) for name, x in episodes.items()}
     return episodes, {
         "step": run.step,
         "theta": np.exp(meta.log_theta).tolist(),
-        "baselines": baselines(cfg),
+        "baselines": family.baselines(),
         "devices": found,
         **next(iter(found.values())),
     }
-
-
-def report(results):
-    """Say the table of results."""
-    for what, error in results["baselines"].items():
-        print(f"  {'squared error of ' + what:<52}{error:9.3f}")
-    for name, found in results["devices"].items():
-        n = found["mse"]["n"]
-        print(f"{n} tasks, each on its own chip of {name}; mean ± 95 % interval")
-        for key, label in MEASURED.items():
-            halves = np.ravel(found[key].get("ci95", []))
-            for i, mean in enumerate(np.ravel(found[key]["mean"])):
-                interval = f" ± {halves[i]:.3f}" if len(halves) else ""
-                print(f"  {label.format(i):<52}{mean:9.3f}{interval}")
-
-
-def suffix_of(name):
-    """What the names of a device's figures in img/ end with: nothing for pcm."""
-    return "" if name == "pcm" else f"_{name}"
-
-
-def draw(run, episodes, results, folder):
-    """Draw the run's figures into its folder and copy them to img/."""
-    first = next(iter(run.devices))
-    suffix = suffix_of(first)
-    edges = np.linspace(*network.X_RANGE, 2**run.cfg.dac_bits + 1)
-    drawn = {"meta_testing": figures.testing(edges, episodes[first], results)}
-    if run.rows:
-        drawn["meta_training"] = figures.training(run.rows, results["baselines"])
-    else:  # that of an earlier run must not stand beside this one's
-        Path("img", f"meta_training{suffix}.png").unlink(missing_ok=True)
-    note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}, {settings_of(run)}"
-    for title, figure in drawn.items():
-        image = figures.png(figure, note)
-        copy = Path("img", f"{title}{suffix}.png")
-        write(folder / f"{title}.png", image)
-        try:
-            replace(copy, image)
-            print(f"figure in {copy}")
-        except OSError as error:
-            print(f"warning: no copy in {copy}: {error.strerror}")
 
 
 def cores():
@@ -1196,41 +1501,41 @@ def cores():
     return len(os.sched_getaffinity(0))
 
 
-def settings_of(run):
-    """The settings of a run that are not the default, in words."""
-    settings = vars(run.cfg).items()
-    return ", ".join(f"{name} {x}" for name, x in settings if x != getattr(Config, name))
-
-
-def announce(run, folder):
-    """Say what is about to run."""
-    where = f"{jax.default_backend()} ({jax.device_count()} of JAX's devices"
-    print(f"meta-analog on {where}, {cores()} cores)")
-    print(f"run folder {folder}, settings: {settings_of(run)}")
-    print("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
-    print("compiling, which takes up to a minute, comes first")
+def draw(run, episodes, results, folder):
+    """Draw the run's figures into its folder, and copy them to img/."""
+    note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}"
+    side = run.data.side if run.data else None
+    found = next(iter(episodes.values()))
+    for name, image in figures.of_run(run.rows, found, results, side, note).items():
+        write(folder / name, image)
+        try:
+            write(HERE / "img" / name, image)
+        except Refused as refused:
+            print(f"warning: {refused}")
 
 
 def execute(run, folder):
     """Meta-train, meta-test, draw and report."""
-    announce(run, folder)
+    where = f"{jax.device_count()} of JAX's devices ({jax.default_backend()}), {cores()} cores"
+    print(f"run folder {folder}, tasks {run.cfg.tasks}, devices {run.cfg.device}; {where}")
+    if run.data and run.data.about["clipped"]:
+        n = run.data.about["clipped"]
+        print(f"{n} numbers of the test part were clipped to the range of the training part")
+    print("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
+    print("compiling, which takes up to a minute, comes first")
     save(run, folder)
     places_for(run.cfg.batch_test)  # a fault of the test must not wait for training
-    tested = partial(reported, cfg=run.cfg)
+    tested, family = partial(reported, cfg=run.cfg), families_of(run.cfg, run.data).testing
     for device in run.devices.values():
-        jax.eval_shape(tested, stream(run.cfg, 2), run.state.meta, device=device)
-    began = time.monotonic()
+        jax.eval_shape(tested, stream(run.cfg, 2), run.state.meta, family=family, device=device)
     run = train(run, folder)
-    trained = time.monotonic()
-    print(f"training took {trained - began:.0f} s; testing {run.cfg.batch_test} chips")
     episodes, results = meta_test(run)
-    print(f"testing took {time.monotonic() - trained:.0f} s")
     write_json(folder / "results.json", results)
     for name, found in episodes.items():
         write_arrays(folder / f"chips_{name}.npz", found.measured)
-    report(results)
+    print(figures.table(results))
     draw(run, episodes, results, folder)
-    print(f"results and figures in {folder}/")
+    print(f"results and figures in {folder}/, the figures also in img/")
 
 
 def join_hosts():
@@ -1253,7 +1558,7 @@ def configure_backend():
             jax.config.update("jax_num_cpu_devices", cores())
     if not jax.config.jax_compilation_cache_dir:
         # by machine, as another may have another processor
-        cache = Path(__file__).parent / "__pycache__" / platform.node()
+        cache = HERE / "__pycache__" / platform.node()
         jax.config.update("jax_compilation_cache_dir", str(cache))
     warnings.filterwarnings("ignore", ".*persistent compilation cache")
     try:

@@ -92,32 +92,40 @@ def mark_level(axes, level, label, above):
 
 @plain
 def training(rows, baselines):
-    """Figure of the error after adaptation against meta-iterations; rows of metrics.csv,
-    baselines {label: error}."""
+    """Figure of what adaptation reaches, against meta-iterations: the accuracy, else the squared
+    error; rows of metrics.csv, baselines {label: value}."""
     figure, axes = empty(4.2)
     step = [row["step"] for row in rows]
-    loss = [row["loss"] for row in rows]
-    axes.plot(step, loss, ".-", color=AFTER, label="after adaptation")
+    is_accuracy = "accuracy" in rows[0]
+    shown = [row["accuracy" if is_accuracy else "mse"] for row in rows]
+    axes.plot(step, shown, ".-", color=AFTER, label="after adaptation")
     for label, level in baselines.items():
-        mark_level(axes, level, label, above=level == max(baselines.values()))
-    label = "mean squared error of new tasks"
-    axes.set(xlabel="meta-iteration", ylabel=label, yscale="log")
-    axes.set_xlim(left=0)
-    plain_ticks(axes.yaxis)
+        what = label.split(" of ", 1)[1]
+        mark_level(axes, level, what, above=level == max(baselines.values()))
+    axes.set(xlabel="meta-iteration", xlim=(0, None))
+    if is_accuracy:
+        axes.set(ylabel="accuracy on new tasks (%)", ylim=(0, 100))
+    else:
+        axes.set(ylabel="mean squared error of new tasks", yscale="log")
+        plain_ticks(axes.yaxis)
     legend_above(axes, 3)
     return figure
 
 
-def show_task(axes, edges, curves, x, y):
-    """Draw one task, the output before and after adaptation, each level between its edges,
-    and the samples x, y of the task."""
+def show_task(axes, x, support, query, outputs):
+    """Draw one task and its samples at the input converter's levels x [L], and the outputs [2, L]
+    before and after adaptation."""
     labels = "task", "output before", "output after"
     colors, widths, dashes = (TRUTH, BEFORE, AFTER), (1, 1.6, 2.2), ("-", "--", "-")
-    looks = zip(curves, labels, colors, widths, dashes, strict=True)
-    for values, label, color, lw, ls in looks:
+    curves = query.y[:, 0] / query.share, *outputs
+    half = (x[1] - x[0]) / 2
+    edges = np.append(x - half, x[-1] + half)
+    for values, label, color, lw, ls in zip(curves, labels, colors, widths, dashes, strict=True):
         style = {"color": color, "lw": lw, "ls": ls}
         axes.stairs(values, edges, baseline=None, label=label, **style)
-    axes.plot(x, y, "o", color=LATE, ms=4.5, label="samples seen")
+    seen = support.share > 0
+    means = support.y[seen, 0] / support.share[seen]
+    axes.plot(x[seen], means, "o", color=LATE, ms=4.5, label="samples seen")
     axes.set_xlim(edges[0], edges[-1])
 
 
@@ -169,16 +177,13 @@ def activity(results):
 
 
 @plain
-def testing(edges, episodes, results):
-    """Figure of four tasks, the levels' edges [L + 1], and of all chips' errors; results as in
-    results.json."""
+def testing(episodes, results):
+    """Figure of four tasks and of all chips' errors; results as in results.json."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplot_mosaic("AABBEEEE\nCCDDEEEE")
-    task, outputs = episodes.task, episodes.outputs[..., 0]  # [n, 2, L]
-    truth = task.query.y[..., 0] / task.query.share
-    tasks = zip("ABCD", truth, outputs, task.x, task.y, strict=False)
-    for panel, target, output, x, y in tasks:
-        show_task(axes[panel], edges, (target, *output), x, y)
+    task, x = episodes.task, episodes.u[0, :, 0]  # [L]
+    for panel, support, query, output in zip("ABCD", *task, episodes.outputs, strict=False):
+        show_task(axes[panel], x, support, query, output[..., 0])
         axes[panel].tick_params(labelbottom=panel in "CD")
         axes[panel].set(xlabel="x" * (panel in "CD"), ylabel="y" * (panel in "AC"))
     mse, late = episodes.measured["mse"], results["mse_day"]["mean"]
@@ -189,6 +194,110 @@ def testing(edges, episodes, results):
     axes["E"].set_title(title, fontsize=10)
     legend_above(axes["A"], 4)
     return figure
+
+
+def show_images(panel, images, right):
+    """Draw images [rows, columns, side, side] into a panel of a figure, in frames that say which
+    are right [rows, columns]."""
+    rows, columns = images.shape[:2]
+    grid = panel.subplots(rows, columns, squeeze=False)
+    for place in np.ndindex(rows, columns):
+        axes = grid[place]
+        axes.imshow(images[place], cmap="gray_r", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, color=AFTER if right[place] else LATE, lw=2.2)
+        if not right[place]:
+            axes.plot((0, 1), (0, 1), color=LATE, lw=1.5, transform=axes.transAxes)
+
+
+def of_classes(side, u, samples, n_shown):
+    """The first n_shown images of each class [n_way, n_shown, side, side], and which of the pool
+    u [L, side²] they are [n_way, n_shown]."""
+    n_each = min(n_shown, min(np.sum(samples.y > 0, 0)))
+    index = np.stack([np.flatnonzero(column > 0)[:n_each] for column in samples.y.T])
+    return u[index].reshape(*index.shape, side, side), index
+
+
+def show_classes(panels, side, task, u, output):
+    """Draw the support and queries of one task into two panels; the output [L, n_way] is after
+    adaptation."""
+    support, index = of_classes(side, u, task.support, 5)
+    show_images(panels[0], support, np.full(index.shape, True))
+    panels[0].suptitle("one task: a class a row,\nthe samples seen", fontsize=10)
+    query, index = of_classes(side, u, task.query, 8)
+    right = np.argmax(output[index], 2) == np.arange(len(index))[:, None]
+    show_images(panels[1], query, right)
+    n_right, n_wrong = right.sum(), (~right).sum()
+    words = f"other samples: {n_right} right (blue),\n{n_wrong} wrong (orange, struck out)"
+    panels[1].suptitle(words, fontsize=10)
+
+
+@plain
+def classes(side, episodes, results):
+    """Figure of one task of images of side × side (none for side 0) and of the accuracy after each
+    look; results as in results.json."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    *panels, right = figure.subfigures(1, 3, width_ratios=(5, 8, 9)) if side else [figure]
+    if side:
+        first = [type(part)(*(x[0] for x in part)) for part in episodes.task]
+        task = type(episodes.task)(*first)
+        show_classes(panels, side, task, episodes.u[0], episodes.outputs[0, 1])
+    axes = right.subplots()
+    found = results["accuracy"]
+    looks = range(len(found["mean"]))
+    band(axes, looks, found["mean"], found.get("ci95", 0), color=AFTER, marker="o")
+    for label, level in results["baselines"].items():
+        axes.axhline(level, color=TRUTH, lw=1, ls=":")
+        axes.annotate(label.split(" of ", 1)[1], (looks[-1], level), (0, 3), ha="right",
+            textcoords="offset points", fontsize=9)
+    mean = found["mean"][-1]
+    words = f"{mean:.0f} %, a day later {results['accuracy_day']['mean']:.0f} %"
+    axes.annotate(words, (looks[-1], mean), (0, 8), ha="right", textcoords="offset points")
+    axes.set(xlabel="looks", ylabel="accuracy (%)", ylim=(0, 100), xticks=looks)
+    n = len(episodes.measured["accuracy"])
+    title = f"{n} tasks, each on a chip of its own\n{activity(results)}"
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+# What a meta-test measures: name, and label with the unit and the number of an entry.
+MEASURED = {
+    "accuracy": "accuracy (%) after look {}",
+    "accuracy_day": "accuracy (%) a day later",
+    "mse": "squared error after look {}",
+    "mse_day": "squared error a day later",
+    "pulses": "pulses of an adaptation",
+    "touched": "readout devices touched (%)",
+    "dw": "Σ|ΔW| over the synapses",
+    "rates": "firing rate (Hz) of layer {}",
+    "silent": "neurons of layer {} silent for all inputs (%)",
+    "spikes": "spikes per presentation",
+}
+
+
+def table(results):
+    """The results of a run, as in results.json, in lines of text."""
+    lines = [f"  {what:<60}{x:9.3f}" for what, x in results["baselines"].items()]
+    for name, found in results["devices"].items():
+        n = found["mse"]["n"]
+        lines.append(f"{n} tasks, each on its own chip of {name}; mean ± 95 % interval")
+        for key in (key for key in MEASURED if key in found):
+            halves = np.ravel(found[key].get("ci95", []))
+            for i, mean in enumerate(np.ravel(found[key]["mean"])):
+                interval = f" ± {halves[i]:.3f}" if len(halves) else ""
+                lines.append(f"  {MEASURED[key].format(i):<60}{mean:9.3f}{interval}")
+    return "\n".join(lines)
+
+
+def of_run(rows, episodes, results, side, note):
+    """The files of a run's figures by name, as bytes: rows of metrics.csv, episodes and results of
+    the meta-test; side is that of images to classify, 0 of other samples, None where a task is a
+    function."""
+    shown = testing(episodes, results) if side is None else classes(side, episodes, results)
+    drawn = {"meta_testing.png": shown}
+    if rows:
+        drawn["meta_training.png"] = training(rows, results["baselines"])
+    return {name: png(figure, note) for name, figure in drawn.items()}
 
 
 # ---- devices and neurons -------------------------------------------------------------------------
@@ -229,11 +338,12 @@ def raster(axes, t, z, layer):
 
 @plain
 def presentation(t, x, spikes, membrane, output, target):
-    """Figure of an input x that is held at times t (ms): spikes [T, n] of layers, a membrane [T],
-    and the output [T] as it would be read at each time, which has to meet the target."""
+    """Figure of an input x [n_in] that is held at times t (ms): spikes [T, n] of layers, a membrane
+    [T], and the output [T] as it would be read at each time, which has to meet the target."""
     ratios = (*(2.2 for _ in spikes), 0.9, 1.1)
     figure, axes = empty(9, len(ratios), sharex=True, height_ratios=ratios)
-    figure.suptitle(f"input x = {x:.2g}, held for {t[-1]:.0f} ms", fontsize=12)
+    what = f"input x = {x[0]:.2g}" if len(x) == 1 else f"a sample of {len(x)} numbers"
+    figure.suptitle(f"{what}, held for {t[-1]:.0f} ms", fontsize=12)
     for layer, (ax, z) in enumerate(zip(axes, spikes, strict=False)):
         raster(ax, t, z, layer)
     axes[-2].plot(t, membrane, color=AFTER)
@@ -257,14 +367,14 @@ def presentation(t, x, spikes, membrane, output, target):
 
 
 @plain
-def lines(x, found, xlabel, scale="linear"):
+def lines(x, found, xlabel, ylabel, scale="linear"):
     """Figure of errors along x, a line for each label of found, {label: summary}; both axes have
     the scale."""
     figure, axes = empty(4.5)
     axes.set_prop_cycle(LINES)
     for label, summary in found.items():
         band(axes, x, summary["mean"], summary.get("ci95", 0), label=label)
-    axes.set(xlabel=xlabel, xscale=scale, yscale=scale, ylabel="mean squared error")
+    axes.set(xlabel=xlabel, xscale=scale, yscale=scale, ylabel=ylabel)
     if scale == "log":
         plain_ticks(axes.yaxis)
     else:
@@ -274,7 +384,7 @@ def lines(x, found, xlabel, scale="linear"):
 
 
 @plain
-def bars(groups):
+def bars(groups, xlabel):
     """Figure of errors, {group: {label: summary}}: a row for each label, in it a bar for
     each group."""
     labels = list(next(iter(groups.values())))
@@ -294,7 +404,7 @@ def bars(groups):
         )
     axes.set_yticks(middle, labels)
     axes.invert_yaxis()
-    axes.set_xlabel("mean squared error (lines: 95 % interval)")
+    axes.set_xlabel(f"{xlabel} (lines: 95 % interval)")
     legend_above(axes, len(groups))
     return figure
 

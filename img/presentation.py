@@ -11,34 +11,36 @@ import train
 from img import figures
 
 FOLDER = Path(__file__).parent
-INPUT = 1.5
-SEED = 7  # of a task whose target at INPUT is far from 0
+SEED = 7  # of the chip and its task
 
 
 @jax.jit(static_argnums=0)
-def present(cfg, device, meta):
-    """Activity [T, 1, ...] and outputs [T] of a new chip that has learned a task, at the level of
-    INPUT; that level's input, and the task's target for it."""
-    chip, u, task, key = train.scene(jax.random.key(SEED), meta, cfg, device)
+def present(cfg, family, device, meta):
+    """Activity [T, 1, ...] and an output [T] of a new chip that has learned a task, under the
+    query's input whose target is largest; that input [n_in] and target."""
+    chip, u, task, key = train.scene(jax.random.key(SEED), meta, family, device)
     learn_key, read_key = jax.random.split(key)
     chip = network.later(chip, cfg.tread)
     keys = jax.random.split(learn_key)
-    readouts, _ = train.learn(*keys, meta, cfg, device, chip, u, task)
+    readouts, _ = train.teach(*keys, meta, cfg, device, chip, u, task.support)
     chip = chip._replace(readout=jax.tree.map(lambda x: x[-1], readouts))
     t = train.wait_of(cfg)
     w = network.each(network.read, read_key, device, chip, t, cfg.compensate)
-    level = network.level(cfg.dac_bits, jnp.array(INPUT))
-    activity = network.present(train.dynamics_of(cfg), w.hidden, u[level][None])
-    output = (activity.e[:, 0] @ w.readout)[:, 0]
-    target = task.query.y[level, 0] / task.query.share[level]
-    return activity, output, u[level, 0], target
+    size = jnp.max(jnp.abs(task.query.y), 1)
+    chosen = jnp.argmax(size)
+    output = jnp.argmax(jnp.abs(task.query.y[chosen]))
+    activity = network.present(train.dynamics_of(cfg), w.hidden, u[chosen][None])
+    shown = activity.e[:, 0] @ w.readout[:, output]
+    target = task.query.y[chosen, output] / task.query.share[chosen]
+    return activity, shown, u[chosen], target
 
 
 def draw(folder):
     """Draw the network of a run folder, on a chip of its first device."""
     run = train.load(folder)
     device = next(iter(run.devices.values()))
-    shown = present(run.cfg, device, run.state.meta)
+    family = train.families_of(run.cfg, run.data).testing
+    shown = present(run.cfg, family, device, run.state.meta)
     activity, output, x, target = jax.device_get(shown)
     spikes = [neurons.z[:, 0] for neurons in activity.layers]
     neuron = np.argmin(np.abs(spikes[-1].sum(0) - 5))  # one that fires now and then

@@ -1,11 +1,12 @@
 """Studies of a meta-trained network: each prints a table and writes its figure and numbers.
 
-    python img/studies.py STUDY RUN [RUN ...] [--n 256] [--out DIR]
+    python img/studies.py STUDY RUN [RUN ...] [--n 256] [--task_size N] [--out DIR]
 
 compare   several networks, each on new and old chips of all devices, and their mean
 chips     one network on new, old, used and faulty chips of all devices
 drift     how a task that was learned ages, and how an old chip learns
 life      50 tasks in sequence on one chip, with four ways to keep its readout
+few_shot  errors after each look, and of regression on the same traces; --task_size 5 is 1-shot
 limits    what is left of the error on other devices; bounds of any rule
 updates   sizes of pulses against those of steps of Adam
 
@@ -44,13 +45,26 @@ STUCK = {"stuck_low": 0.005, "stuck_high": 0.005}  # shares of all devices
 # ---- parts of experiments ------------------------------------------------------------------------
 
 
-def error_at(key, cfg, device, chip, u, query, t, compensate):
-    """Squared error of a chip at time t (s), its readout compensated for drift or not, its hidden
+def error_of(measured, suffix=""):
+    """The error among what was measured: wrong answers (%) of a classification, else the squared
+    error."""
+    if "accuracy" in measured:
+        return 100 - measured["accuracy" + suffix]
+    return measured["mse" + suffix]
+
+
+def error(family, y, query):
+    """The error of outputs y [L, n_out]."""
+    return error_of(family.measures(y, query))
+
+
+def error_at(key, cfg, family, device, chip, u, query, t, compensate):
+    """Error of a chip at time t (s), its readout compensated for drift or not, its hidden
     layers as the settings say."""
     see_key, read_key = jax.random.split(key)
     e = train.observe(see_key, cfg, device, chip, u, t).e
     w = network.read(read_key, device, chip.readout, t, compensate)
-    return train.squared_error(e, w, query)
+    return error(family, e @ w, query)
 
 
 def writable(device, w):
@@ -59,9 +73,14 @@ def writable(device, w):
     return jnp.minimum(wanted, device.g_prog)
 
 
-def last_error(key, meta, cfg, device, make=analog.deploy):
-    """Squared error after a new chip has learned a task."""
-    return train.episode(key, meta, cfg, device, make).measured["mse"][-1]
+def last_error(key, meta, cfg, family, device, make=analog.deploy):
+    """Error after a new chip has learned a task."""
+    return error_of(train.episode(key, meta, cfg, family, device, make).measured)[-1]
+
+
+def unit(run):
+    """What an error of the run's tasks is, in words."""
+    return "wrong answers (%)" if run.data else "mean squared error"
 
 
 def tested(experiment, n, run, device=None):
@@ -70,7 +89,8 @@ def tested(experiment, n, run, device=None):
     device = device or next(iter(run.devices.values()))
     meta = train.project(run.state.meta, *train.common_range([device]))
     key = train.stream(train.Config(), 3)  # the same tasks for every network
-    return jax.device_get(train.test(experiment, run.cfg, device, n, key, meta))
+    family = train.families_of(run.cfg, run.data).testing
+    return jax.device_get(train.test(key, experiment, run.cfg, family, device, n, meta))
 
 
 def devices_for(run):
@@ -136,23 +156,24 @@ def nothing(key, device, readout, target, t):
 POLICIES = {"nothing": nothing, "restore": restore, "reset": reset, "refresh": refresh}
 
 
-def lives(key, meta, cfg, device, policy):
-    """Squared errors [N_LIFE] of one chip, and the pulses and RESETs [N_LIFE, 2, H, n_out] of a
+def lives(key, meta, cfg, family, device, policy):
+    """Errors [N_LIFE] of one chip, and the pulses and RESETs [N_LIFE, 2, H, n_out] of a
     task and of the policy that comes after it, ready for the next."""
-    chip, u, _, key = train.scene(key, meta, cfg, device)
+    chip, u, _, key = train.scene(key, meta, family, device)
+    target = train.targets_of(meta, family).readout
 
     def meet(chip, key):
         task_key, learn_key, ask_key, keep_key = jax.random.split(key, 4)
-        task = train.family_of(cfg).task(task_key)
+        task = family.task(task_key, u)
         keys = jax.random.split(learn_key)
-        readouts, fired = train.learn(*keys, meta, cfg, device, chip, u, task)
+        readouts, fired = train.teach(*keys, meta, cfg, device, chip, u, task.support)
         chip = chip._replace(readout=jax.tree.map(lambda x: x[-1], readouts))
         t = train.wait_of(cfg)
-        error = error_at(ask_key, cfg, device, chip, u, task.query, t, cfg.compensate)
+        wrong = error_at(ask_key, cfg, family, device, chip, u, task.query, t, cfg.compensate)
         chip = network.later(chip, PERIOD)
-        kept, done = policy(keep_key, device, chip.readout, meta.g.readout, -AHEAD)
+        kept, done = policy(keep_key, device, chip.readout, target, -AHEAD)
         pulses = jnp.sum(fired, 0) + done.pulses
-        found = {"error": error, "pulses": pulses, "resets": done.resets}
+        found = {"error": wrong, "pulses": pulses, "resets": done.resets}
         return chip._replace(readout=kept), found
 
     keys = jax.random.split(key, N_LIFE)
@@ -192,21 +213,21 @@ def life(n, run):
         numbers[name] = of | show_wear("resets", found["resets"])
     drawn = {name: of["error"] for name, of in numbers.items()}
     x = range(1, N_LIFE + 1)
-    return numbers, figures.lines(x, drawn, "task in sequence on one chip")
+    return numbers, figures.lines(x, drawn, "task in sequence on one chip", unit(run))
 
 
 # ---- chips ---------------------------------------------------------------------------------------
 
 
-def first_tasks(key, meta, cfg, device):
-    """Squared errors, by label, of the same task that a chip meets first at the age tread, and a
+def first_tasks(key, meta, cfg, family, device):
+    """Errors, by label, of the same task that a chip meets first at the age tread, and a
     day after it, or at the age OLD."""
-    chip, u, task, key = train.scene(key, meta, cfg, device)
+    chip, u, task, key = train.scene(key, meta, family, device)
 
     def at(age):
         aged = network.later(chip, age)
-        measured = train.learn_and_test(key, meta, cfg, device, aged, u, task).measured
-        return measured["mse"][-1], measured["mse_day"]
+        measured = train.learn_and_test(key, meta, cfg, family, device, aged, u, task).measured
+        return error_of(measured)[-1], error_of(measured, "_day")
 
     (young, old), (day, _) = jax.lax.map(at, jnp.array([cfg.tread, OLD]))
     return {"first task": young, "a day after it": day, "first task, 10⁶ s old": old}
@@ -230,11 +251,11 @@ def written(key, cfg, device, xbar, w):
     return network.read(read_key, device, tile, train.wait_of(cfg), cfg.compensate)
 
 
-def regression(key, meta, cfg, device):
-    """Squared errors of readouts of a chip that were found by regression on its traces as the
+def regression(key, meta, cfg, family, device):
+    """Errors of readouts of a chip that were found by regression on its traces as the
     first look has them, [RIDGES]: as computed, and as written to the chip and read; and of the best
     readout for all inputs."""
-    chip, u, task, key = train.scene(key, meta, cfg, device)
+    chip, u, task, key = train.scene(key, meta, family, device)
     look_key, read_key, ask_key, write_key = jax.random.split(key, 4)
     chip = network.later(chip, cfg.tread)
     seen = train.observe(look_key, cfg, device, chip, u, 0.0).e
@@ -245,13 +266,13 @@ def regression(key, meta, cfg, device):
         w = solve(seen, task.support, ridge, start)
         on_chip = written(write_key, cfg, device, chip.readout.xbar, w)
         return {
-            "ridge regression": train.squared_error(asked, w, task.query),
-            "ridge, written": train.squared_error(asked, on_chip, task.query),
+            "ridge regression": error(family, asked @ w, task.query),
+            "ridge, written": error(family, asked @ on_chip, task.query),
         }
 
     best = solve(asked, task.query, 1e-5, start)
-    error = train.squared_error(asked, best, task.query)
-    return {**jax.lax.map(fit, jnp.array(RIDGES)), "best readout of all inputs": error}
+    least = error(family, asked @ best, task.query)
+    return {**jax.lax.map(fit, jnp.array(RIDGES)), "best readout of all inputs": least}
 
 
 def chip_errors(n, run, device):
@@ -272,7 +293,7 @@ def chips(n, run):
     for name, device in devices_for(run).items():
         errors = chip_errors(n, run, device)
         found[name] = {label: show(f"{name}, {label}", x) for label, x in errors.items()}
-    return found, figures.bars(found)
+    return found, figures.bars(found, unit(run))
 
 
 def compare(n, *runs):
@@ -286,48 +307,49 @@ def compare(n, *runs):
         means = [of[label]["mean"] for of in found.values()]
         spread = " ".join(f"{x:.3f}" for x in means)
         print(f"  {label:<40}{np.mean(means):9.3f}   each {spread}")
-    return found, figures.bars(found)
+    return found, figures.bars(found, unit(runs[0]))
 
 
 # ---- drift ---------------------------------------------------------------------------------------
 
 
-def kept(key, cfg, device, chip, u, query):
-    """Squared errors, by what is compensated, of a chip that learned a task before, at its time
+def kept(key, cfg, family, device, chip, u, query):
+    """Errors, by what is compensated, of a chip that learned a task before, at its time
     0."""
 
-    def error(hidden, readout):
+    def with_compensation(hidden, readout):
         settings = dataclasses.replace(cfg, compensate=hidden)
-        return error_at(key, settings, device, chip, u, query, 0.0, readout)
+        return error_at(key, settings, family, device, chip, u, query, 0.0, readout)
 
     return {
-        "learned before, all layers compensated": error(True, True),
-        "learned before, readout not compensated": error(True, False),
-        "learned before, nothing compensated": error(False, False),
+        "learned before, all layers compensated": with_compensation(True, True),
+        "learned before, readout not compensated": with_compensation(True, False),
+        "learned before, nothing compensated": with_compensation(False, False),
     }
 
 
-def aged(key, meta, cfg, device):
-    """Squared errors [RESTS] of one chip by what it did: it learned a task and rested; it was new
+def aged(key, meta, cfg, family, device):
+    """Errors [RESTS] of one chip by what it did: it learned a task and rested; it was new
     and that old; it rested and was restored, which begins then, and learned a second task."""
-    chip, u, first, key = train.scene(key, meta, cfg, device)
+    chip, u, first, key = train.scene(key, meta, family, device)
     first_key, task_key, ask_key, keep_key, second_key = jax.random.split(key, 5)
-    learned = partial(train.learn_and_test, first_key, meta, cfg, device)
+    learned = partial(train.learn_and_test, first_key, meta, cfg, family, device)
     used = learned(network.later(chip, cfg.tread), u, first).chip
-    second = train.family_of(cfg).task(task_key)
+    targets = train.targets_of(meta, family)
+    second = family.task(task_key, u)
     last, took = train.times_of(cfg).pulses[-1], analog.MAX_STEPS * device.t_verify
 
     def at(rest):
         rested = network.later(used, last + rest)
-        errors = kept(ask_key, cfg, device, rested, u, first.query)
-        readout, _ = restore(keep_key, device, rested.readout, meta.g.readout, took)
+        errors = kept(ask_key, cfg, family, device, rested, u, first.query)
+        readout, _ = restore(keep_key, device, rested.readout, targets.readout, took)
         new = network.later(rested._replace(readout=readout), took + AHEAD)
-        again = train.learn_and_test(second_key, meta, cfg, device, new, u, second)
+        again = train.learn_and_test(second_key, meta, cfg, family, device, new, u, second)
         fresh = learned(network.later(chip, rest), u, first)
         return {
             **errors,
-            "first task of a chip that old": fresh.measured["mse"][-1],
-            "second task, readout restored before": again.measured["mse"][-1],
+            "first task of a chip that old": error_of(fresh.measured)[-1],
+            "second task, readout restored before": error_of(again.measured)[-1],
         }
 
     return jax.lax.map(at, jnp.array(RESTS))
@@ -341,7 +363,7 @@ def drift(n, run):
             show(f"{label}, {rest:g} s", column)
         found[label] = train.summary(values)
     x = "time since the last pulse, or age of the chip (s)"
-    return {"rest": RESTS, **found}, figures.lines(RESTS, found, x, "log")
+    return {"rest": RESTS, **found}, figures.lines(RESTS, found, x, unit(run), "log")
 
 
 # ---- limits --------------------------------------------------------------------------------------
@@ -380,7 +402,36 @@ def limits(n, run):
     exact = partial(last_error, make=analog.fabricate)
     errors |= {"no programming error": tested(exact, n, run), **tested(regression, n, run)}
     found = {label: show(label, x) for label, x in errors.items()}
-    return found, figures.bars({"after adaptation": found})
+    return found, figures.bars({"after adaptation": found}, unit(run))
+
+
+# ---- few_shot ------------------------------------------------------------------------------------
+
+
+def nearest_mean(key, meta, cfg, family, device):
+    """Error of the class whose mean sample in the support is nearest."""
+    _, u, task, _ = train.scene(key, meta, family, device)
+    means = family.n_out * task.support.y.T @ u  # [n_way, n_in]
+    distance = jnp.sum((u[:, None] - means) ** 2, 2)  # [L, n_way]
+    return {"nearest mean of a class": error(family, -distance, task.query)}
+
+
+def few_shot(n, run):
+    """Errors after each look, and of regression on the same traces, chips and tasks."""
+    families = train.families_of(run.cfg, run.data)
+    lot = train.lot_of(run.cfg, run.devices)
+    untrained = run._replace(state=train.start(run.cfg, lot, families.training))
+    found = {}
+    for name, device in devices_for(run).items():
+        wrong = error_of(tested(train.reported, n, run, device).measured)
+        errors = {f"look {k}": x for k, x in enumerate(wrong.T)}
+        errors |= tested(regression, n, run, device)
+        other = tested(regression, n, untrained, device)["ridge regression"]
+        errors["ridge regression, untrained network"] = other
+        if run.data:
+            errors |= tested(nearest_mean, n, run, device)
+        found[name] = {label: show(f"{name}, {label}", x) for label, x in errors.items()}
+    return found, figures.bars(found, unit(run))
 
 
 # ---- updates -------------------------------------------------------------------------------------
@@ -398,14 +449,14 @@ def walk(w, gradient):
     return jax.lax.scan(one, train.State(w, zero, zero), jnp.arange(100.0))[1]
 
 
-def moves(key, meta, cfg, device):
+def moves(key, meta, cfg, family, device):
     """|ΔW| of the looks of an adaptation [n_inner, H, n_out], 0 where no pulse was fired, and of
     100 steps of Adam on the same task [100, H, n_out]."""
-    chip, u, task, key = train.scene(key, meta, cfg, device)
+    chip, u, task, key = train.scene(key, meta, family, device)
     learn_key, see_key, read_key = jax.random.split(key, 3)
     chip = network.later(chip, cfg.tread)
     keys = jax.random.split(learn_key)
-    readouts, pulses = train.learn(*keys, meta, cfg, device, chip, u, task)
+    readouts, pulses = train.teach(*keys, meta, cfg, device, chip, u, task.support)
     g = jnp.concatenate([chip.readout.xbar.g[None], readouts.xbar.g])
     moved = jax.vmap(partial(analog.weights, device))(jnp.diff(g, axis=0))
     fired = jnp.any(pulses > 0, 1)
@@ -434,7 +485,7 @@ def updates(n, run):
 
 # ---- command line --------------------------------------------------------------------------------
 
-STUDIES = {x.__name__: x for x in (compare, chips, drift, life, limits, updates)}
+STUDIES = {x.__name__: x for x in (compare, chips, drift, life, limits, few_shot, updates)}
 
 
 def parse(argv):
@@ -448,6 +499,8 @@ def parse(argv):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--n", type=int, default=256, help="chips (default: 256)")
     parser.add_argument("--out", type=Path, default=FOLDER / "gallery", help="folder of figures")
+    text = "support samples of a task (default: as in training)"
+    parser.add_argument("--task_size", type=int, help=text)
     given = parser.parse_args(argv)
     if len(given.runs) > 1 and given.study != "compare":
         raise train.Refused(f"{given.study} takes one run folder")
@@ -456,11 +509,20 @@ def parse(argv):
     return given
 
 
+def loaded(folder, task_size):
+    """The run in a folder, its tasks of another size if one is given."""
+    run = train.load(folder)
+    if task_size is None:
+        return run
+    values = vars(run.cfg) | {"task_size": task_size}
+    return run._replace(cfg=train.complete(train.config_of(values), run.devices))
+
+
 def execute(given):
     """Run a study and write what it found."""
-    runs = [train.load(folder) for folder in given.runs]
+    runs = [loaded(folder, given.task_size) for folder in given.runs]
     numbers, figure = STUDIES[given.study](given.n, *runs)
-    path = given.out / (given.study + train.suffix_of(next(iter(runs[0].devices))))
+    path = given.out / given.study
     train.write(path.with_suffix(".png"), figures.png(figure))
     train.write_json(path.with_suffix(".json"), numbers)
     print(f"figure in {path}.png, numbers in {path}.json")

@@ -41,11 +41,16 @@ flags, n = json.loads(sys.argv[1]), int(sys.argv[2])
 cfg, lot = train.configure(flags)
 if hasattr(train, "lot_of"):
     lot = train.lot_of(cfg, lot)
-state = train.start(cfg, lot)
+key = train.stream(cfg, 1)
+if hasattr(train, "families_of"):
+    family = train.families_of(cfg).training
+    state = train.start(cfg, lot, family)
+    chunk = train.train_chunk, key, cfg, lot, family, state, 0, n
+else:
+    chunk = train.train_chunk, cfg, lot, train.start(cfg, lot), key, np.arange(n)
 for _ in range(2):
     began = time.perf_counter()
-    train.jax.block_until_ready(
-        train.train_chunk(cfg, lot, state, train.stream(cfg, 1), np.arange(n)))
+    train.jax.block_until_ready(chunk[0](*chunk[1:]))
 print(1e3*(time.perf_counter() - began)/n)
 """
 
@@ -118,9 +123,7 @@ def compare(old, rounds, n):
 
 def seconds_of_a_run(scripts, flags):
     """Time of python train.py from start to end."""
-    variables = {
-        key: x for key, x in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"
-    }
+    variables = {key: x for key, x in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "train.py", *flags],
@@ -161,12 +164,8 @@ def main():
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--full", action="store_true", help="time whole runs")
-    parser.add_argument(
-        "--accelerator", action="store_true", help="time this code alone"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="measurements of each (3)"
-    )
+    parser.add_argument("--accelerator", action="store_true", help="time this code alone")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (3)")
     parser.add_argument("--n", type=int, default=50, help="meta-iterations timed (50)")
     parser.add_argument("--n_iter", help="of the whole runs (default: train.py's)")
     options = parser.parse_args()

@@ -28,6 +28,7 @@ import pytest
 import analog
 import network
 import train
+from img import figures
 
 jax.config.update("jax_debug_nans", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -36,6 +37,29 @@ TINY = (
     "--n_rows 2 --n_h0 5 --n_h1 4 --n_inner 2 --batch_train 4 --task_size 3 --dac_bits 3 "
     "--batch_test 5 --n_iter 6 --lr_drop 3 --off_noise 0.05"
 ).split()
+
+SMALL = {
+    "n_rows": 3,
+    "n_h0": 7,
+    "n_h1": 6,
+    "n_inner": 2,
+    "batch_train": 4,
+    "task_size": 5,
+    "dac_bits": 4,
+    "n_iter": 4,
+    "off_noise": 0.02,
+}
+
+
+def configured(**flags):
+    """Config and devices of a small run."""
+    return train.configure({**SMALL, **flags})
+
+
+def started(cfg, devices, family=None):
+    """Lot and state of a run that begins; the family of tasks is by default that of functions."""
+    lot = train.lot_of(cfg, devices)
+    return lot, train.start(cfg, lot, family or train.families_of(cfg).training)
 
 
 @pytest.fixture
@@ -89,28 +113,42 @@ def arrays(folder):
         return {name: file[name] for name in file.files}
 
 
+def write_classes(path, **changes):
+    """A file of 4 × 4 images of the classes 10, 11, …, 18, the last three for the test: 4 samples
+    of the first, one more of each next. Changes are other arrays, None for none."""
+    random = np.random.default_rng(0)
+    y = np.repeat(np.arange(10, 19), np.arange(4, 13))
+    test = y > 15
+    patterns = random.uniform(40, 180, (9, 4, 4))[y - 10]
+    x = np.round(patterns + random.uniform(-30, 30, patterns.shape) + 20 * test[:, None, None])
+    given = {"x": x.astype(np.uint8), "y": y, "test": test} | changes
+    np.savez(path, **{name: array for name, array in given.items() if array is not None})
+    return str(path)
+
+
 # ---- runs of stand-ins, where only what is around the computation is tested ----------------------
 
 
 @jax.jit(static_argnums=0)
-def quick_start(cfg, lot):
+def quick_start(cfg, lot, family):
     """Stands for train.start: all conductances as low as they go."""
     n_h0, n_h1 = train.sizes_of(cfg)
     shapes = [(2, 2 * cfg.n_rows, n_h0), (2, n_h0 + 1, n_h1), (2, n_h1, 1)]
     *hidden, readout = [jnp.full(shape, lot.low, float) for shape in shapes]
     log_theta = jnp.zeros((cfg.n_inner, 1 if cfg.shared_thr else n_h1, 1))
-    meta = train.Meta(network.Network(tuple(hidden), readout), log_theta)
+    meta = train.Meta(network.Network(tuple(hidden), readout), log_theta, jnp.zeros(()))
     zero = jax.tree.map(jnp.zeros_like, meta)
     return train.State(meta, zero, zero)
 
 
-def quick_chunk(cfg, lot, state, key, steps):
+def quick_chunk(key, cfg, lot, family, state, first, last):
     """Stands for train.train_chunk: every iteration moves the state by its own random
     number."""
     time.sleep(0.02)
-    moves = [jax.random.uniform(jax.random.fold_in(key, step)) for step in steps]
+    moves = [jax.random.uniform(jax.random.fold_in(key, step)) for step in range(first, last)]
     measured = {
         "loss": float(sum(moves)),
+        "mse": 4.0 + float(sum(moves)),
         "pulses": 3.0,
         "rates": np.full(2, 100.0),
         "silent": np.full(2, 0.25),
@@ -119,21 +157,22 @@ def quick_chunk(cfg, lot, state, key, steps):
     return jax.tree.map(lambda x: x + np.float32(sum(moves)), state), measured
 
 
-def quick_reported(key, meta, cfg, device):
+def quick_reported(key, meta, cfg, family, device):
     """Stands for train.reported, whose shapes are not needed here."""
     return meta
 
 
-def quick_test(experiment, cfg, device, n, key, meta):
+def quick_test(key, experiment, cfg, family, device, n, meta):
     """Stands for train.test: random numbers that depend on the network."""
     random = np.random.default_rng(abs(int(1e3 * np.sum(meta.log_theta))))
     measured = {"mse": random.random((n, cfg.n_inner + 1))}
     measured |= {name: random.random((n, 2)) for name in ("rates", "silent")}
-    of_one = set(train.MEASURED) - set(measured)
+    of_one = set(figures.MEASURED) - {"accuracy", "accuracy_day", *measured}
     measured |= {name: random.random(n) for name in sorted(of_one)}
-    task = jax.vmap(train.family_of(cfg).task)(jax.random.split(key, n))
-    outputs = random.random((n, 2, 2**cfg.dac_bits, 1))
-    return train.Episode(measured, task, outputs, None)
+    u = family.pool(key)
+    tasks = jax.vmap(family.task, (0, None))(jax.random.split(key, n), u)
+    pools = np.broadcast_to(u, (n, *u.shape))
+    return train.Episode(measured, tasks, pools, random.random((n, 2, len(u), 1)), None)
 
 
 def quick_draw(run, episodes, results, folder):
@@ -155,6 +194,7 @@ def quick(here, monkeypatch):
     """An empty folder in which runs are of stand-ins."""
     for name, stand_in in QUICK.items():
         monkeypatch.setattr(train, name, stand_in)
+    monkeypatch.setattr(train, "HERE", here)  # where img/ is
     return here
 
 

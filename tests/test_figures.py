@@ -1,11 +1,13 @@
 """Figures show all that they are given; studies run from start to figure."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, configured, started, write_classes
 
 import analog
 import network
@@ -13,12 +15,15 @@ import train
 from img import figures, presentation, studies
 
 KEY = jax.random.key(5)
-BASELINES = {"predicting 0": 4.2, "best function that ignores the task": 3.0}
+BASELINES = {
+    "squared error of predicting 0": 4.2,
+    "squared error of the best function that ignores the task": 3.0,
+}
 
 
 def rows(n):
     """Rows of metrics.csv with errors that fall."""
-    return [{"step": 200 * k, "loss": 24.0 / k} for k in range(1, n + 1)]
+    return [{"step": 200 * k, "loss": 1.0, "mse": 24.0 / k} for k in range(1, n + 1)]
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -28,11 +33,27 @@ def test_the_axes_of_training_show_all_data(n):
     assert low <= 3.0 and high >= 24.0 and low <= 24.0 / n
 
 
-def episodes_of(n, n_levels, errors):
-    """Episodes of n tasks on n_levels = 2^dac_bits levels, with errors [n, 2]."""
-    cfg, _ = train.configure({"dac_bits": n_levels.bit_length() - 1, "task_size": 5})
-    tasks = jax.vmap(train.family_of(cfg).task)(jax.random.split(KEY, n))
-    return train.Episode({"mse": errors}, tasks, np.ones((n, 2, n_levels, 1)), None)
+def test_the_training_of_classes_shows_their_accuracy():
+    shown = [{"step": 200, "mse": 0.5, "accuracy": 40.0}, {"step": 400, "accuracy": 90.0}]
+    figure = figures.training(shown, {"accuracy (%) of chance": 20.0})
+    (axes,) = figure.axes
+    assert axes.get_ylim() == (0, 100) and "accuracy" in axes.get_ylabel()
+    assert axes.lines[0].get_ydata().tolist() == [40, 90]
+    assert [text.get_text() for text in axes.texts] == ["chance"]
+
+
+def episodes_of(family, n, **measured):
+    """Episodes of n tasks of a family, with what they measured."""
+    u = family.pool(KEY)
+    tasks = jax.vmap(family.task, (0, None))(jax.random.split(KEY, n), u)
+    outputs = np.ones((n, 2, len(u), family.n_out))
+    found = train.Episode(measured, tasks, np.broadcast_to(u, (n, *u.shape)), outputs, None)
+    return jax.device_get(found)
+
+
+def sinusoids(n, n_bits, errors):
+    """Episodes of n sinusoids on 2^n_bits levels, with errors [n, 2]."""
+    return episodes_of(train.Regression(train.Sinusoid, n_bits, 5), n, mse=errors)
 
 
 def results_of(**means):
@@ -50,30 +71,31 @@ def results_of(**means):
 def test_the_axes_of_testing_show_all_data():
     """Also with two levels and with errors far from the usual."""
     errors = np.geomspace(1e-2, 300.0, 16).reshape(8, 2)
-    edges = np.linspace(-5, 5, 3)
-    figure = figures.testing(edges, episodes_of(8, 2, errors), results_of())
+    figure = figures.testing(sinusoids(8, 1, errors), results_of())
     limits = {axes.get_xlim() for axes in figure.axes if axes.get_xscale() == "linear"}
     assert limits == {(-5, 5)}
     (chips,) = (axes for axes in figure.axes if axes.get_xscale() == "log")
     assert chips.get_xlim()[0] <= 0.01 and chips.get_xlim()[1] >= 300
 
 
-def test_testing_draws_the_task_itself():
+def test_testing_draws_the_tasks_themselves():
     """The curve of a task is its query, and goes through its samples but for the width of a
     level."""
-    episodes = episodes_of(4, 64, np.ones((4, 2)))
-    figure = figures.testing(np.linspace(-5, 5, 65), episodes, results_of())
+    episodes = sinusoids(4, 6, np.ones((4, 2)))
+    figure = figures.testing(episodes, results_of())
     panels = {axes.get_label(): axes for axes in figure.axes}
-    for panel, x, y in zip("ABCD", episodes.task.x, episodes.task.y, strict=True):
+    support, query = episodes.task
+    for i, panel in enumerate("ABCD"):
         truth = panels[panel].patches[0].get_data().values
+        np.testing.assert_allclose(truth, 64 * query.y[i, :, 0], rtol=1e-5)
+        x, y = panels[panel].lines[0].get_data()
         level = network.level(6, x)
-        assert np.abs(truth[level] - y).max() < 5 * 10 / 64  # amplitude · width
+        np.testing.assert_array_equal(level, np.flatnonzero(support.share[i]))
+        assert len(x) and np.abs(truth[level] - y).max() < 5 * 10 / 64  # amplitude · width
 
 
 def test_testing_says_what_the_network_does():
-    figure = figures.testing(
-        np.linspace(-5, 5, 9), episodes_of(4, 8, np.ones((4, 2))), results_of()
-    )
+    figure = figures.testing(sinusoids(4, 3, np.ones((4, 2))), results_of())
     words = "".join(
         [axes.get_title() + "".join(text.get_text() for text in axes.texts) for axes in figure.axes]
     )
@@ -81,11 +103,33 @@ def test_testing_says_what_the_network_does():
         assert part in words
 
 
+@pytest.mark.parametrize("side, n_panels", [(4, 3 * 2 + 3 * 8 + 1), (0, 1)])
+def test_the_figure_of_classes_shows_images_where_there_are_any(here, side, n_panels):
+    """Frames tell which queries were answered rightly: here all of one class, as the largest of
+    equal outputs is the first."""
+    data = train.load_data(write_classes("few.npz"))._replace(side=side)
+    cfg, _ = configured(n_way=3, task_size=6)
+    family = train.families_of(cfg, data).testing
+    episodes = episodes_of(family, 4, accuracy=np.full((4, 3), 33.0))
+    found = {"accuracy": [20.0, 30.0, 33.0], "accuracy_day": 31.0}
+    results = results_of(**found) | {"baselines": {"accuracy (%) of chance": 33.3}}
+    figure = figures.classes(side, episodes, results)
+    assert len(figure.axes) == n_panels
+    words = [text.get_text() for text in figure.axes[-1].texts]
+    assert words == ["chance", "33 %, a day later 31 %"]
+    if side:
+        wrong = [axes.spines["top"].get_edgecolor() for axes in figure.axes[6:-1]]
+        assert wrong[:8] == 8 * [matplotlib.colors.to_rgba(figures.AFTER)]
+        assert wrong[8:] == 16 * [matplotlib.colors.to_rgba(figures.LATE)]
+        seen = [axes.images[0].get_array().ravel() for axes in figure.axes[:-1]]
+        assert all(np.any(np.all(episodes.u[0] == image, 1)) for image in seen)
+
+
 @pytest.mark.parametrize("n, said, n_rows", [(5, "all 5", 5), (200, "64 of 200", 64)])
 def test_a_raster_shows_every_spike_of_its_neurons(n, said, n_rows):
     t, z = np.arange(1.0, 101), np.zeros((100, n))
     z[9::20] = 1  # every neuron, at 10, 30, … 90 ms
-    figure = figures.presentation(t, 1.5, [z], np.zeros(100), np.linspace(0, 2, 100), 3.0)
+    figure = figures.presentation(t, [1.5], [z], np.zeros(100), np.linspace(0, 2, 100), 3.0)
     raster, *_, readout = figure.axes
     assert "50 Hz" in raster.get_ylabel() and said in raster.get_ylabel()
     spikes = [list(row.get_positions()) for row in raster.collections]
@@ -150,13 +194,6 @@ def test_a_reset_readout_is_at_its_lowest():
     assert readout.reference == pytest.approx(100 * device.reset_mean)
 
 
-def test_nothing_is_done_to_a_readout():
-    xbar = analog.deploy(KEY, analog.PCM, jnp.full((2, 5, 1), 6.0))
-    readout = network.Tile(xbar, 1.0)
-    kept, done = studies.nothing(KEY, analog.PCM, readout, xbar.g, 100.0)
-    assert kept is readout and done.pulses.sum() == done.resets.sum() == 0
-
-
 def test_ridge_regression_finds_the_weights_that_made_its_samples():
     """And stays where it starts at a very large ridge."""
     e = jax.random.normal(KEY, (8, 3))
@@ -186,7 +223,7 @@ def test_steps_of_adam_are_as_large_as_its_rate():
 
 def test_devices_of_a_run_come_first_and_as_they_are():
     mine = analog.PCM._replace(t0=1.0)
-    run = train.Run(None, {"pcm": mine}, None)
+    run = train.Run(None, {"pcm": mine}, None, None)
     found = studies.devices_for(run)
     assert found["pcm"] == mine and "perf" not in found
     assert next(iter(found)) == "pcm" and found.keys() == analog.DEVICES.keys() - {"perf"}
@@ -195,8 +232,7 @@ def test_devices_of_a_run_come_first_and_as_they_are():
 def save_tiny(folder):
     """A run of a tiny network that was not trained."""
     cfg, devices = train.configure(train.parse(TINY)[0])
-    state = train.start(cfg, train.lot_of(cfg, devices))
-    train.save(train.Run(cfg, devices, state), folder)
+    train.save(train.Run(cfg, devices, None, started(cfg, devices)[1]), folder)
 
 
 def test_a_study_from_start_to_figure(here, monkeypatch, capsys):
@@ -206,6 +242,45 @@ def test_a_study_from_start_to_figure(here, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "second task, readout restored before, 1e+06 s" in out and "(n = 3)" in out
     assert (here / "drift.png").exists() and (here / "drift.json").exists()
+
+
+def test_a_study_of_classes_from_start_to_figure(here, monkeypatch, capsys):
+    """Of more shots than the training had."""
+    flags = {"tasks": write_classes("few.npz"), "n_way": 3, "task_size": 6, "device": "perf"}
+    cfg, devices = configured(**flags)
+    data = train.data_of(cfg)
+    _, state = started(cfg, devices, train.families_of(cfg, data).training)
+    train.save(train.Run(cfg, devices, data, state), here / "mine")
+    monkeypatch.setattr(studies, "devices_for", lambda run: run.devices)
+    studies.main(["few_shot", "mine", "--n", "3", "--out", ".", "--task_size", "9"])
+    out = capsys.readouterr().out
+    assert "perf, look 2" in out and "perf, nearest mean of a class" in out
+    found = json.loads((here / "few_shot.json").read_text())["perf"]
+    assert all(0 <= x["mean"] <= 100 for x in found.values())
+    assert (here / "few_shot.png").exists()
+
+
+def test_the_nearest_mean_is_that_of_a_plain_loop(here):
+    cfg, _ = configured(n_way=3, task_size=6)
+    data = train.load_data(write_classes("few.npz"))
+    family = train.families_of(cfg, data).testing
+    g = network.Network((), jnp.ones((2, 4, 1)))
+    meta = train.Meta(g, None, None)
+
+    @jax.jit
+    def found(key):
+        _, u, task, _ = train.scene(key, meta, family, analog.PERF)
+        return u, task, studies.nearest_mean(key, meta, cfg, family, analog.PERF)
+
+    u, (support, query), error = jax.device_get(found(KEY))
+    means = np.stack([u[column > 0].mean(0) for column in support.y.T])
+    wrong = [
+        np.argmin([np.linalg.norm(x - mean) for mean in means]) != np.argmax(y)
+        for x, y in zip(u, query.y, strict=True)
+        if y.any()
+    ]
+    (error,) = error.values()
+    np.testing.assert_allclose(error, 100 * np.mean(wrong), atol=1e-3)
 
 
 def test_a_network_at_work_is_drawn(here, monkeypatch):
