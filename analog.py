@@ -1,7 +1,7 @@
 """A crossbar of phase-change memory (PCM): pulses, drift, read noise and programming.
 
-Pulses, drift and reads pass a gradient; ν, P and the error of programming count as constants
-there, and program-and-verify passes none. Conductances G are in µS and times in s.
+Gradients pass through pulses, drift and reads. ν, P and the error of programming are constants to
+them, and program-and-verify passes none. Conductances G are in µS and times in s.
 N(mean, std²) is a normal draw, r = G/g_max, and age the time since the last pulse, at least 1 s.
 
     SET pulse    P ← P·exp(−1/history_decay)
@@ -25,10 +25,10 @@ per read (1/f noise).
 
 A device is programmed in one of two ways.
 
-    by pulses    a RESET, then SET pulses and verify reads in turn, each read t_verify after its
-                 pulse; the time at which programming ends is 0 on a new chip's clock
-    as stated    G = N(target, (g_max·(prog_0 + prog_1·r + prog_2·r²))²) at that time, where the
-                 source of a device states the error and not the pulses
+    by pulses    a RESET, then verify reads, each t_verify after the pulse before it, and SET pulses
+                 (a RESET after an overshoot); it ends at time 0 of a new chip's clock
+    as stated    G = clip(N(target, (g_max·(prog_0 + prog_1·r + prog_2·r²))²)) at that time, where
+                 the source of a device states the error and not the pulses
 
 `Device` holds the constants, `Crossbar` the state of an array of devices. To draw the laws over
 simulated devices: python analog.py, or python analog.py --device mine.json
@@ -45,7 +45,7 @@ import numpy as np
 
 # ---- families of devices -------------------------------------------------------------------------
 
-MIN_AGE = 1.0  # s: a read at the instant of a pulse is taken as a read 1 s after it
+MIN_AGE = 1.0  # s: a read within 1 s of a pulse is taken as a read 1 s after it
 MIN_SHARE = 1e-7  # of g_max: a smaller r counts as this one in ln r and in a power of r
 
 
@@ -135,7 +135,7 @@ class Device(NamedTuple):
     law: Nandakumar | Ibm
     g_min: float  # µS, the lowest G
     g_max: float  # µS, the highest G
-    g_prog: float  # µS, the highest G that programming reaches
+    g_prog: float  # µS, the highest target of programming
     set_slope: float  # mean ΔG of a SET pulse, per µS of G
     set_offset: float  # µS, mean ΔG at G = 0
     set_history: float  # µS, mean ΔG added at P = 1, as the first pulses act more
@@ -385,7 +385,7 @@ NO_RESET = 80
 
 
 class ProgramTable(NamedTuple):
-    """What program leaves of devices that are not stuck, by target; every field is [targets]."""
+    """What programming leaves, by target, of devices that are not stuck; fields are [targets]."""
 
     target: jax.Array  # µS
     mean: jax.Array  # µS, mean of G − target
@@ -412,18 +412,18 @@ class Programmed(NamedTuple):
     reads: jax.Array  # verify reads, each t_verify after a pulse
 
 
-def write(key, device, xbar, target, error, t):
-    """Crossbar whose devices were programmed to target [2, rows, cols] in µS at times t (s),
-    and missed it by error (µS). The error is straight-through: the gradient ignores it."""
+def write(device, xbar, target, error, nu, t):
+    """Crossbar whose devices were programmed to target [2, rows, cols] in µS at times t (s), missed
+    it by error (µS) and have drift exponents nu. The error is straight-through: the gradient
+    ignores it."""
     noisy = jnp.clip(target + error, device.g_min, device.g_max)
     g = target + jax.lax.stop_gradient(noisy - target)
-    nu = draw_nu(key, device, target)
     return changed(xbar, True, g=g, t_prog=t, nu=nu, p=history(device, g))
 
 
 def blank(key, device, shape):
-    """A new crossbar of that shape [2, rows, cols] that was never pulsed, some of its devices
-    stuck."""
+    """A new crossbar of that shape [2, rows, cols] that was never pulsed: all devices are at g_max,
+    but for those stuck at g_min."""
     stuck_key, nu_key = jax.random.split(key)
     lot = jax.random.uniform(stuck_key, shape)
     low = lot < device.stuck_low
@@ -442,7 +442,7 @@ def fabricate(key, device, target, table=EXACT):
     new = blank(stuck_key, device, target.shape)
     mean, std, age = table.at(target)
     error = mean + std * jax.random.normal(error_key, target.shape)
-    return write(nu_key, device, new, target, error, -age)
+    return write(device, new, target, error, draw_nu(nu_key, device, target), -age)
 
 
 def program_by_pulses(key, device, xbar, target, t):
@@ -484,8 +484,9 @@ def program(key, device, xbar, target, t=0.0):
     error_key, nu_key = jax.random.split(key)
     std = device.g_max * device.stated.std(target / device.g_max)
     error = std * jax.random.normal(error_key, target.shape)
+    nu = draw_nu(nu_key, device, target) if device.law.redraws_nu else xbar.nu
     none = jnp.zeros(target.shape, int)
-    return Programmed(write(nu_key, device, xbar, target, error, t), none, none, none)
+    return Programmed(write(device, xbar, target, error, nu, t), none, none, none)
 
 
 def deploy(key, device, target):
@@ -521,8 +522,8 @@ def fire(key, device, xbar, counts, n_most, t):
     """Crossbar after counts [2, rows, cols] SET pulses at time t (s), at most n_most of
     each device, and the pulses fired. The last pulse of a device may be a part of one. The
     derivative by a count is what the last pulse has added; that by a count of 0 is what a
-    first pulse would add, so that training learns of it too. Counts are of one direction, and
-    a negative one makes its device NaN, so that it cannot pass unseen."""
+    first pulse would add, so that training learns of it too. A negative count makes its device
+    NaN."""
     counts = jnp.where(counts < 0, jnp.nan, counts)
 
     def fire_one(xbar, inputs):
@@ -540,12 +541,13 @@ def fire(key, device, xbar, counts, n_most, t):
 
 # The lowest value of a constant, where it is not 0.
 ANY_SIGN = (
-    "set_slope set_offset set_history prog_1 prog_2 "
+    "set_offset set_history prog_1 prog_2 "
     "nu_slope nu_offset nu_std_slope nu_std_offset"
 )
 HIGHEST = float(np.finfo(np.float32).max)
 LOWEST = dict.fromkeys(ANY_SIGN.split(), -HIGHEST) | {
     "g_max": 1e-3,  # a lower one would be in siemens
+    "set_slope": -1.0,  # below it, pulses overshoot their fixed point
     "history_decay": 1e-3,
     "t0": 1e-9,
     "t_read": 1e-12,
@@ -592,7 +594,7 @@ def from_constants(constants):
     given.pop("comment", None)
     name, law = given.pop("name"), FAMILIES.get(str(given.pop("law")))
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"key name must be a word of letters, digits and _: {name!r}")
+        raise ValueError(f"key name must be letters, digits and _, no digit first: {name!r}")
     if law is None:
         raise ValueError(f"key law must be one of {', '.join(FAMILIES)}")
     parts = {"law": law}
@@ -615,6 +617,11 @@ def check_range(device):
         raise ValueError("key reset_mean must be from g_min to g_max")
     if device.stuck_low + device.stuck_high > 1:
         raise ValueError("keys stuck_low and stuck_high must not sum above 1")
+    law = device.law
+    if isinstance(law, Ibm) and law.t_read > device.t0:
+        raise ValueError("key t_read must be at most t0")
+    if isinstance(law, Ibm) and (law.nu_low > law.nu_high or law.nu_std_low > law.nu_std_high):
+        raise ValueError("a lower limit of ν is above the upper one")
     if not device.stated and set_mean(device, device.g_prog, 0.0) <= 0:
         raise ValueError("key g_prog is where SET no longer raises G; lower it")
 
@@ -639,11 +646,9 @@ def load_device(name):
         # float, as Python refuses integers of very many digits
         constants = json.loads(text, parse_int=float, object_pairs_hook=unique)
         found, device = from_constants(constants)
-    except (OSError, UnicodeError, json.JSONDecodeError, TypeError) as error:
+    except (OSError, UnicodeError, json.JSONDecodeError, TypeError, RecursionError) as error:
         what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
         raise ValueError(f"{name} is {what} ({error})") from None
-    except RecursionError:
-        raise ValueError(f"{name} has too many brackets for a JSON object") from None
     if found in DEVICES:
         raise ValueError(f"key name ({found}) is that of a built-in device")
     return found, device

@@ -12,8 +12,8 @@ crossbar, and the bias of layer 0 as many: each weight W0 is a mean over them, w
 noise, the spread of drift and the error of programming. The last row of a later crossbar is its
 bias.
 
-Drift compensation scales the weights of a crossbar by one number: Σ G when it was written, over Σ G
-in the present read, whose currents are summed before the converter clips them. Σ G of a crossbar
+Drift compensation multiplies all weights of a crossbar by one number: Σ G when it was written, over
+Σ G now, a sum of currents that the converter has not clipped. Σ G of a crossbar
 that was programmed is that of its targets, which takes no read. That of a readout that was pulsed
 is a read t_verify after the last pulse.
 
@@ -115,7 +115,7 @@ def at_rest(shape):
 
 def lif_step(lif, neurons, current):
     """Neurons one time step later; a spike resets its membrane by subtraction."""
-    v = lif.alpha * neurons.v + current - neurons.z
+    v = lif.alpha * neurons.v + current - THRESHOLD * neurons.z
     return Neurons(v, spike(v - THRESHOLD))
 
 

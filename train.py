@@ -50,9 +50,9 @@ HERE = Path(__file__).resolve().parent
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
 LR_THETA = 0.1  # step of the optimizer for ln θ
 LR_SCALE = 0.03  # the same for log_scale
-MAX_GRAD_NORM = 0.3  # of the outer loss, per range of a conductance and per ln θ
-MIN_RATE = 10.0  # Hz, of a neuron over all inputs: one below it is raised
-SILENT = 0.5  # weight of that beside the layer's mean rate
+MAX_GRAD_NORM = 0.3  # largest norm of the outer gradient, per range of a conductance and ln θ
+MIN_RATE = 10.0  # Hz, mean over the inputs: neurons below it are penalised
+SILENT = 0.1  # weight of that penalty
 DAY = 86400.0  # s
 TINY = 1e-20  # below any gradient
 
@@ -61,7 +61,7 @@ TINY = 1e-20  # below any gradient
 
 
 class Refused(Exception):
-    """What a user can mend, in one line."""
+    """An error that the user can mend, in one line."""
 
     def __init__(self, message, status=2):
         super().__init__(" ".join(str(message).split()))
@@ -78,10 +78,9 @@ def refuse(needs):
 # ---- settings ------------------------------------------------------------------------------------
 
 
-def setting(default, help, least=0.0, choices=None):
-    """A setting of the command line; least is its lowest value."""
-    said = {"help": help, "least": least, "choices": choices}
-    return dataclasses.field(default=default, metadata=said)
+def setting(default, help, least=0.0, most=2.0**31):
+    """A setting of the command line; least and most are its lowest and highest value."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +100,7 @@ class Config:
     rule: str = setting("comparators", "how a gradient becomes pulses, one of RULES")
     n_inner: int = setting(8, "looks: times that a new task is read and pulsed", 1)
     n_bits: int = setting(
-        2,
-        "bits of an update: at most 2^(bits−1) − 1 pulses per synapse and look",
-        choices=range(2, 9),
+        2, "bits of an update, 2 to 8: at most 2^(bits−1) − 1 pulses per synapse and look", 2, 8
     )
     grad_thr: float = setting(
         0.1, "thresholds at the start, share of the rms of the first look's gradient", 1e-6
@@ -112,7 +109,7 @@ class Config:
     task_size: int = setting(20, "support samples of a task", 1)
     n_way: int = setting(5, "classes of a task, task_size / n_way samples of each", 2)
     batch_train: int = setting(
-        128, "tasks per meta-iteration, shared out among devices; each chip of one has them all", 1
+        128, "tasks per meta-iteration, shared out among devices; so many for each of n_chips", 1
     )
     n_chips: int = setting(1, "chips of each device per meta-iteration", 1)
     batch_test: int = setting(512, "tasks of the meta-test, each on a chip of its own", 1)
@@ -124,7 +121,7 @@ class Config:
     )
     n_h0: int = setting(64, "neurons of layer 0", 1)
     n_h1: int = setting(128, "neurons of layer 1", 1)
-    dac_bits: int = setting(6, "bits of the input converter", choices=range(1, 13))
+    dac_bits: int = setting(6, "bits of the input converter, 1 to 12", 1, 12)
     drive: float = setting(0.2, "what a weight of 1 adds to a membrane under an input of 1", 1e-6)
     tau_mem: float = setting(0.03, "time constant of the membranes, s", 1e-4)
     tau_out: float = setting(0.1, "time constant of the traces, s", 1e-4)
@@ -229,11 +226,11 @@ def squared_error(y, samples):
 
 
 def finite(name, values, shape):
-    """The values as an array [N, *shape] of finite numbers; Refused where they are none."""
+    """The values as an array [N, *shape] of finite numbers; Refused where they are not."""
     values = np.asarray(values)
     if values.dtype.kind not in "buif" or not np.isfinite(values).all():
         raise Refused(f"{name} must hold finite numbers")
-    if values.shape[1:] != shape or not len(values):
+    if values.ndim < 1 or values.shape[1:] != shape or not len(values):
         raise Refused(f"{name} must have the shape [N{''.join(f', {n}' for n in shape)}]")
     return values
 
@@ -366,9 +363,9 @@ def warp(key, image):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """A family of few-shot classification: a task has n_way random classes, labelled at random. A
-    pool has n_each samples of each of n_classes; of those of its classes, shots are the support of
-    a task and the others its query."""
+    """A family of few-shot classification. A task has n_way random classes, labelled at random. A
+    pool has n_each samples of each of n_classes. Of each class of a task, shots samples of the pool
+    are its support, and the others its query."""
 
     x: jax.Array  # [N, n_in], samples from 0 to 1, class by class
     first: jax.Array  # [classes], index of the first sample of each
@@ -531,7 +528,7 @@ class Meta(NamedTuple):
     g: network.Network
     # [n_inner, H, n_out], ln of the thresholds; [n_inner, 1, 1] where synapses share one
     log_theta: jax.Array
-    # s, the cross-entropy of classes is that of exp(s)·ŷ; without effect on other tasks
+    # s, where the outer loss is the cross-entropy of exp(s)·ŷ; else without effect
     log_scale: jax.Array
 
 
@@ -595,8 +592,7 @@ def observe(key, cfg, device, chip, u, t):
 
 def look(key, cfg, device, readout, e, support, log_theta, read_at, pulse_at):
     """The readout, a crossbar, after one look at traces e [L, H], read and pulsed at these times
-    (s); and the pulses [2, H, n_out]. What drift has left of the weights counts here, so they are
-    read as they are."""
+    (s); and the pulses [2, H, n_out]. The readout is read without drift compensation."""
     read_key, rule_key, pulse_key = jax.random.split(key, 3)
     w = analog.weights(device, analog.read(read_key, device, readout, read_at))
     gradient = delta_rule(e, w, support)
@@ -669,7 +665,7 @@ class Kind(NamedTuple):
 class Lot(NamedTuple):
     """The devices that meta-training draws its chips from."""
 
-    kinds: tuple  # of Kind, stacked, one for each family of devices
+    kinds: tuple  # of Kind, stacked: one for each law and way of programming
     low: float  # µS, the lowest conductance that all of them can be programmed to
     high: float  # µS, the highest
     span: float  # µS, the range of a weight
@@ -719,8 +715,8 @@ def meta_loss(key, meta, cfg, family, kind, n_tasks):
     chip = network.later(chip, log_uniform(next(keys), cfg.tread, cfg.max_age))
     times, u = times_of(cfg), family.pool(next(keys))
     tasks = jax.vmap(family.task, (0, None))(jax.random.split(next(keys), n_tasks), u)
-    # One read of the hidden crossbars serves all looks: their reads differ in noise alone, and
-    # eight looks take half the time.
+    # One read of the hidden crossbars serves all looks, which halves the time of eight: their reads
+    # differ in noise, and in the drift from one look to the next.
     xbars, pulses = adapt_chip(
         next(keys), meta, cfg, device, chip, u, tasks.support, times, times.reads[:1]
     )
@@ -803,8 +799,8 @@ def stream(cfg, index):
 
 @jax.jit(static_argnums=0)
 def start(cfg, lot, family):
-    """State before training: the thresholds are a share of the rms of the gradients that the first
-    look at a new chip finds."""
+    """State before training: the thresholds are a share of the rms of the gradients on a new chip
+    of the first device by name."""
     keys = iter(jax.random.split(stream(cfg, 0), 6))
     kind = jax.tree.map(lambda x: x[0], lot.kinds[0])
     device = kind.device._replace(g_min=lot.low)
@@ -912,6 +908,9 @@ def learn(key, run, device, x, y, chip=None, age=None):
     from 0 to 1 and their classes. The chip, a new one by default, has its first read at that age
     (s since its time 0; default: tread). Refused where they do not fit the network."""
     family = families_of(run.cfg, run.data).testing
+    g_max = next(iter(run.devices.values())).g_max
+    if device.g_max != g_max:
+        raise Refused(f"the network needs devices of g_max {g_max:g} µS, not {device.g_max:g}")
     meta = project(run.state.meta, *common_range([device]))
     u, y = family.encode(x), family.targets(y)
     if len(u) != len(y):
@@ -926,8 +925,9 @@ def learn(key, run, device, x, y, chip=None, age=None):
         chip = network.assemble(chip_key, device, analog.deploy, targets)
     for tile, target in zip(network.tiles(chip), jax.tree.leaves(targets), strict=True):
         finite("each crossbar of the chip", tile.xbar.g, target.shape[1:])
-        if age < jnp.max(tile.xbar.t_prog) + device.t_verify:
-            raise Refused(f"age must be {device.t_verify:g} s or more after the last pulse")
+        soonest = float(jnp.max(tile.xbar.t_prog)) + device.t_verify
+        if age < soonest:
+            raise Refused(f"age must be {soonest} s or more, after the chip's last pulse")
     chip = network.later(chip, age)
     support = samples_of(jnp.ones(len(u)), y)
     after, pulses = teach(adapt_key, refer_key, meta, cfg, device, chip, u, support)
@@ -1089,8 +1089,8 @@ def load_data(path):
         {
             f"{path}: y must hold integers": y.dtype.kind in "bui",
             f"{path}: test must hold true and false": test.dtype == bool,
-            f"{path}: x, y and test differ in length": len(x) == len(y) == len(test),
-            f"{path}: the training part is empty": not test.all(),
+            f"{path}: x, y and test differ in length": len(x) == len(y) == test.size,
+            f"{path}: the training part is empty": not np.all(test),
         }
     )
     low, high = float(x[~test].min()), float(x[~test].max())
@@ -1108,7 +1108,10 @@ def load_data(path):
 
 def data_of(cfg):
     """Data of the file that the settings name; None where they name a function."""
-    return None if cfg.tasks in FUNCTIONS else load_data(cfg.tasks)
+    if cfg.tasks in FUNCTIONS:
+        return None
+    path = Path(cfg.tasks)
+    return load_data(path if path.exists() else HERE / path)
 
 
 # ---- run folder ----------------------------------------------------------------------------------
@@ -1261,9 +1264,9 @@ def new_folder(run_dir):
         raise Refused(f"{folder} holds a run: go on with --resume, or name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=bool(run_dir))
-    except FileExistsError:  # another run took it a moment ago
-        return new_folder(run_dir)
     except OSError as error:
+        if not run_dir and folder.exists():  # another run took it a moment ago
+            return new_folder(run_dir)
         what = f"cannot make the run folder {folder}: {error.strerror}; try --run_dir"
         raise Refused(what) from None
     return folder
@@ -1277,16 +1280,14 @@ MAY_CHANGE = {"n_iter", "lr_drop", "batch_test", "ttest"}
 
 def problem_of(field, x):
     """Why the setting of a field of Config cannot be x; nothing where it can."""
-    least, choices = field.metadata["least"], field.metadata["choices"]
+    least, most = field.metadata["range"]
     kinds = (int, float) if field.type is float else (field.type,)
     if x is None and field.default is None:
         return ""
     if type(x) not in kinds:
         return f"must be of type {field.type.__name__}"
-    if choices and x not in choices:
-        return f"must be one of {', '.join(map(str, choices))}"
-    if field.type in (int, float) and not least <= x < 2**31:
-        return f"must be from {least:g} to 2³¹"
+    if field.type in (int, float) and not least <= x <= most:
+        return f"must be from {least:g} to {most:g}"
     return ""
 
 
@@ -1326,10 +1327,11 @@ def parse(argv):
     about = (__doc__ or "").split("\n\n")[0]
     parser = Parser(allow_abbrev=False, description=about)
     add_settings(parser)
-    text = "settings that belong together; flags beside it win"
+    text = "settings for one job; flags beside it win"
     parser.add_argument("--preset", choices=PRESETS, help=text)
     parser.add_argument("--run_dir", help="folder of the run (default: the next of run/1, …)")
-    text = "go on with the latest run in run/, or that in --run_dir"
+    text = "go on with the latest run in run/, or that in --run_dir; only "
+    text += f"{', '.join(sorted(MAY_CHANGE))} may change"
     parser.add_argument("--resume", action="store_true", help=text)
     flags = vars(parser.parse_args(argv))
     preset, run_dir, resume = map(flags.pop, ("preset", "run_dir", "resume"))
@@ -1357,12 +1359,12 @@ def complete(cfg, devices):
     """The settings, with those that follow from others; Refused where they, or devices by name,
     contradict each other."""
     shown = cfg.tread + cfg.task_size * network.N_STEPS * network.DT
-    tprog = shown if cfg.tprog is None else cfg.tprog
+    tprog = cfg.tprog or shown
     t_verify = max(device.t_verify for device in devices.values())
     soonest = tprog - cfg.tread + t_verify
-    tlook = max(20.0, soonest) if cfg.tlook is None else cfg.tlook
+    tlook = cfg.tlook or max(20.0, soonest)
     last = tprog + (cfg.n_inner - 1) * tlook
-    ttest = last + cfg.twait if cfg.ttest is None else cfg.ttest
+    ttest = cfg.ttest or last + cfg.twait
     n, (low, high) = len(devices), common_range(devices.values())
     g_max = {name: device.g_max for name, device in devices.items()}
     refuse(
@@ -1398,10 +1400,10 @@ def resumed(flags, folder):
     """The Run in a folder with the flags that may change; others must be as they were."""
     run = load(folder)
     devices = devices_of(flags["device"]) if "device" in flags else run.devices
-    cfg = complete(config_of(vars(run.cfg) | flags), devices)
-    differ = {name for name, x in vars(cfg).items() if x != getattr(run.cfg, name)}
     if devices != run.devices:
-        differ.add("device")
+        raise Refused(f"{folder} holds a run on other devices or constants: {run.cfg.device}")
+    cfg = complete(config_of(vars(run.cfg) | flags), run.devices)
+    differ = {name for name, x in vars(cfg).items() if x != getattr(run.cfg, name)}
     for name in sorted(differ - MAY_CHANGE):
         before = getattr(run.cfg, name)
         what = f"{folder} holds a run with --{name} {before}: leave out that flag or --resume"
@@ -1504,7 +1506,7 @@ def cores():
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder, and copy them to img/."""
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}"
-    side = run.data.side if run.data else None
+    side = run.data.side if run.data else 0
     found = next(iter(episodes.values()))
     for name, image in figures.of_run(run.rows, found, results, side, note).items():
         write(folder / name, image)

@@ -100,7 +100,7 @@ def training(rows, baselines):
     shown = [row["accuracy" if is_accuracy else "mse"] for row in rows]
     axes.plot(step, shown, ".-", color=AFTER, label="after adaptation")
     for label, level in baselines.items():
-        what = label.split(" of ", 1)[1]
+        what = label.split(" of ")[-1]
         mark_level(axes, level, what, above=level == max(baselines.values()))
     axes.set(xlabel="meta-iteration", xlim=(0, None))
     if is_accuracy:
@@ -110,6 +110,11 @@ def training(rows, baselines):
         plain_ticks(axes.yaxis)
     legend_above(axes, 3)
     return figure
+
+
+def entry(task, k):
+    """Support and query of the task k of many, a Task of arrays [n, ...]."""
+    return type(task)(*(type(part)(*(x[k] for x in part)) for part in task))
 
 
 def show_task(axes, x, support, query, outputs):
@@ -181,9 +186,10 @@ def testing(episodes, results):
     """Figure of four tasks and of all chips' errors; results as in results.json."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplot_mosaic("AABBEEEE\nCCDDEEEE")
-    task, x = episodes.task, episodes.u[0, :, 0]  # [L]
-    for panel, support, query, output in zip("ABCD", *task, episodes.outputs, strict=False):
-        show_task(axes[panel], x, support, query, output[..., 0])
+    x, n_shown = episodes.u[0, :, 0], min(4, len(episodes.u))  # [L]
+    for k, panel in enumerate("ABCD"[:n_shown]):
+        support, query = entry(episodes.task, k)
+        show_task(axes[panel], x, support, query, episodes.outputs[k, :, :, 0])
         axes[panel].tick_params(labelbottom=panel in "CD")
         axes[panel].set(xlabel="x" * (panel in "CD"), ylabel="y" * (panel in "AC"))
     mse, late = episodes.measured["mse"], results["mse_day"]["mean"]
@@ -239,8 +245,7 @@ def classes(side, episodes, results):
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     *panels, right = figure.subfigures(1, 3, width_ratios=(5, 8, 9)) if side else [figure]
     if side:
-        first = [type(part)(*(x[0] for x in part)) for part in episodes.task]
-        task = type(episodes.task)(*first)
+        task = entry(episodes.task, 0)
         show_classes(panels, side, task, episodes.u[0], episodes.outputs[0, 1])
     axes = right.subplots()
     found = results["accuracy"]
@@ -248,7 +253,7 @@ def classes(side, episodes, results):
     band(axes, looks, found["mean"], found.get("ci95", 0), color=AFTER, marker="o")
     for label, level in results["baselines"].items():
         axes.axhline(level, color=TRUTH, lw=1, ls=":")
-        axes.annotate(label.split(" of ", 1)[1], (looks[-1], level), (0, 3), ha="right",
+        axes.annotate(label.split(" of ")[-1], (looks[-1], level), (0, 3), ha="right",
             textcoords="offset points", fontsize=9)
     mean = found["mean"][-1]
     words = f"{mean:.0f} %, a day later {results['accuracy_day']['mean']:.0f} %"
@@ -279,7 +284,7 @@ def table(results):
     """The results of a run, as in results.json, in lines of text."""
     lines = [f"  {what:<60}{x:9.3f}" for what, x in results["baselines"].items()]
     for name, found in results["devices"].items():
-        n = found["mse"]["n"]
+        n = found["pulses"]["n"]
         lines.append(f"{n} tasks, each on its own chip of {name}; mean ± 95 % interval")
         for key in (key for key in MEASURED if key in found):
             halves = np.ravel(found[key].get("ci95", []))
@@ -291,10 +296,12 @@ def table(results):
 
 def of_run(rows, episodes, results, side, note):
     """The files of a run's figures by name, as bytes: rows of metrics.csv, episodes and results of
-    the meta-test; side is that of images to classify, 0 of other samples, None where a task is a
-    function."""
-    shown = testing(episodes, results) if side is None else classes(side, episodes, results)
-    drawn = {"meta_testing.png": shown}
+    the meta-test; side is that of images to classify, 0 of other samples."""
+    drawn = {}
+    if "accuracy" in results:
+        drawn["meta_testing.png"] = classes(side, episodes, results)
+    elif episodes.u.shape[-1] == 1:
+        drawn["meta_testing.png"] = testing(episodes, results)
     if rows:
         drawn["meta_training.png"] = training(rows, results["baselines"])
     return {name: png(figure, note) for name, figure in drawn.items()}

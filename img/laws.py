@@ -89,6 +89,7 @@ def main():
         for name, device in train.devices_of(parser.parse_args().device).items():
             found = jax.device_get(simulate(device))
             report(name, device, found[-1])
-            path = Path(__file__).parent / f"model{train.suffix_of(name)}.png"
+            suffix = "" if name == "pcm" else f"_{name}"
+            path = Path(__file__).parent / f"model{suffix}.png"
             train.write(path, figures.png(draw(name, device, *found)))
             print(f"figure in {path}")

@@ -115,9 +115,9 @@ def arrays(folder):
 
 def write_classes(path, **changes):
     """A file of 4 × 4 images of the classes 10, 11, …, 18, the last three for the test: 4 samples
-    of the first, one more of each next. Changes are other arrays, None for none."""
+    of the first, one more of each next, in any order. Changes are other arrays, None for none."""
     random = np.random.default_rng(0)
-    y = np.repeat(np.arange(10, 19), np.arange(4, 13))
+    y = random.permutation(np.repeat(np.arange(10, 19), np.arange(4, 13)))
     test = y > 15
     patterns = random.uniform(40, 180, (9, 4, 4))[y - 10]
     x = np.round(patterns + random.uniform(-30, 30, patterns.shape) + 20 * test[:, None, None])

@@ -749,7 +749,7 @@ def test_a_missing_constant_is_named():
         ("", "JSON"),
         ("{", "JSON"),
         ("[]", "JSON object"),
-        ("[" * 100_000, "brackets"),
+        ("[" * 100_000, "recursion"),
         (json.dumps(without("t0"))[:-1] + ', "t0": 1' + "0" * 5000 + "}", "t0"),
         ('"x"', "JSON object"),
         ("\xff", "JSON"),

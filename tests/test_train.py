@@ -515,11 +515,10 @@ def test_each_chip_has_a_draw_of_its_own(monkeypatch):
 
 
 def test_rates_cost_where_a_layer_is_off_its_target_and_where_neurons_are_silent():
-    """The mean of a layer from 50 Hz per 100 Hz; a neuron from 10 Hz per 10 Hz, at half the
-    weight."""
+    """The mean of a layer from 50 Hz per 100 Hz, and a neuron below 10 Hz per 10 Hz."""
     cfg, _ = configured(target_fr=50.0)
     rates = jnp.array([0.0, 5.0, 445.0]), jnp.array([20.0, 20.0])
-    expected = 1 + 0.5 * (1 + 0.25) / 3 + 0.3**2
+    expected = 1 + train.SILENT * (1 + 0.5**2) / 3 + 0.3**2
     np.testing.assert_allclose(train.rate_penalty(cfg, rates), expected, rtol=1e-6)
 
 
