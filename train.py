@@ -230,7 +230,7 @@ def finite(name, values, shape):
     values = np.asarray(values)
     if values.dtype.kind not in "buif" or not np.isfinite(values).all():
         raise Refused(f"{name} must hold finite numbers")
-    if values.ndim < 1 or values.shape[1:] != shape or not len(values):
+    if values.ndim < 1 or values.shape[1:] != shape or not values.size:
         raise Refused(f"{name} must have the shape [N{''.join(f', {n}' for n in shape)}]")
     return values
 
@@ -328,14 +328,14 @@ class Regression:
         }
 
     def encode(self, x):
-        x = finite("x", np.reshape(x, (-1, 1)), (1,))
+        x = finite("x", x, ())[:, None]
         low, high = network.X_RANGE
         if x.min() < low or x.max() > high:
             raise Refused(f"x must be from {low:g} to {high:g}")
         return network.level_centres(self.dac_bits)[network.level(self.dac_bits, x)]
 
     def targets(self, y):
-        return finite("y", np.reshape(y, (-1, 1)), (1,))
+        return jnp.asarray(finite("y", y, ())[:, None], float)
 
 
 def shuffled(key, n):
@@ -413,15 +413,15 @@ class Classification:
 
     def measures(self, y, query):
         right = jnp.argmax(y, 1) == jnp.argmax(query.y, 1)
-        accuracy = 100 * jnp.sum(query.share * right)
+        accuracy = 100 * jnp.sum(jnp.where(right, query.share, 0.0))
         return {"accuracy": accuracy, "mse": squared_error(y, query)}
 
     def baselines(self):
         return {"accuracy (%) of chance": 100 / self.n_out}
 
     def encode(self, x):
-        x = np.reshape(x, (len(x), -1))
-        x = finite("x", x, (self.n_in,))
+        x = np.atleast_1d(x)
+        x = finite("x", x.reshape(len(x), math.prod(x.shape[1:])), (self.n_in,))
         if x.min() < 0 or x.max() > 1:
             raise Refused("x must be from 0 to 1: scale it as config.json says")
         return jnp.asarray(x, float)
@@ -807,7 +807,7 @@ def start(cfg, lot, family):
     sizes = sizes_of(cfg)
     columns = 1 if family.exchangeable else family.n_out
     g = network.start(next(keys), device, sizes, family.n_in, columns, rows_of(cfg, family))
-    meta = project(Meta(g, None, jnp.array(0.0)), lot.low, lot.high)
+    meta = project(Meta(g, None, jnp.zeros(())), lot.low, lot.high)
     chip = network.assemble(next(keys), kind.device, analog.fabricate, targets_of(meta, family))
     u = family.pool(next(keys))
     seen = observe(next(keys), cfg, kind.device, chip, u, cfg.tread)
@@ -926,7 +926,7 @@ def learn(key, run, device, x, y, chip=None, age=None):
     for tile, target in zip(network.tiles(chip), jax.tree.leaves(targets), strict=True):
         finite("each crossbar of the chip", tile.xbar.g, target.shape[1:])
         soonest = float(jnp.max(tile.xbar.t_prog)) + device.t_verify
-        if age < soonest:
+        if not age >= soonest:
             raise Refused(f"age must be {soonest} s or more, after the chip's last pulse")
     chip = network.later(chip, age)
     support = samples_of(jnp.ones(len(u)), y)
@@ -936,7 +936,7 @@ def learn(key, run, device, x, y, chip=None, age=None):
 
     def predict(key, x, t=None):
         t = wait_of(cfg) if t is None else t
-        if t < soonest:
+        if not t >= soonest * (1 - 1e-6):
             raise Refused(f"t must be {soonest:g} s or more, after the pulses")
         readouts = jax.tree.map(lambda x: x[None], chip.readout)
         seen, w = query_chip(key, cfg, device, chip, readouts, family.encode(x), t)

@@ -514,7 +514,8 @@ def loaded(folder, task_size):
     run = train.load(folder)
     if task_size is None:
         return run
-    values = vars(run.cfg) | {"task_size": task_size}
+    times = dict.fromkeys(("tprog", "tlook", "ttest"))  # as this size allows
+    values = vars(run.cfg) | times | {"task_size": task_size}
     return run._replace(cfg=train.complete(train.config_of(values), run.devices))
 
 
