@@ -828,3 +828,9 @@ def test_the_unit_of_conductance_does_not_matter():
     for a, b in pairs:
         # Adam's first steps of 0.1 have that size however small, and rounded, a gradient is.
         np.testing.assert_allclose(a / 100, b, atol=0.05)
+
+
+def test_what_training_carries_has_no_defaults():
+    """A field with a default could be forgotten where a value is rebuilt, and be as if trained."""
+    for kind in (train.Meta, train.State, network.Neurons, network.Tile, analog.Crossbar):
+        assert not kind._field_defaults
