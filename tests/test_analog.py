@@ -762,3 +762,9 @@ def test_a_wrong_file_is_explained(tmp_path, text, words):
         path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=words):
         analog.load_device(str(path))
+
+
+def test_perf_has_no_noise():
+    perf = analog.describe("perf", analog.PERF)
+    noise = "read_", "prog_", "nu_"
+    assert not any(x for name, x in perf.items() if "std" in name or name.startswith(noise))

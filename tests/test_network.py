@@ -305,3 +305,21 @@ def test_importing_changes_nothing():
     command = [sys.executable, "-c", IMPORT]
     run = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert run.stderr == "" and run.returncode == 0
+
+
+def test_a_step_uses_all_that_a_neuron_has():
+    """A constant or a state that a step forgets would be as if it were 0."""
+    lif = network.Lif(*np.linspace(0.5, 0.8, len(network.Lif._fields)).tolist())
+    shape = len(network.Neurons._fields), 1, 9
+    before = network.Neurons(*jax.random.uniform(KEY, shape))
+
+    def later(lif, neurons):
+        for _ in range(2):
+            neurons = network.lif_step(lif, neurons, 0.4)
+        return jnp.sum(neurons.v)
+
+    slopes = jax.grad(later, (0, 1))(lif, before)
+    assert all(np.any(x) for x in jax.tree.leaves(slopes))
+    after = network.lif_step(lif, before, 0.4)
+    assert all(np.any(a != b) for a, b in zip(after, before, strict=True))
+    assert not network.Lif._field_defaults and not network.Neurons._field_defaults

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import socket
 from collections import Counter
 from typing import NamedTuple
@@ -830,7 +831,17 @@ def test_the_unit_of_conductance_does_not_matter():
         np.testing.assert_allclose(a / 100, b, atol=0.05)
 
 
-def test_what_training_carries_has_no_defaults():
-    """A field with a default could be forgotten where a value is rebuilt, and be as if trained."""
-    for kind in (train.Meta, train.State, network.Neurons, network.Tile, analog.Crossbar):
-        assert not kind._field_defaults
+def test_every_meta_parameter_is_trained():
+    """A field of Meta with a default could lack a step size, and be saved as if trained."""
+    cfg, devices = configured()
+    lot, before = started(cfg, devices)
+    gradient = jax.tree.map(jnp.ones_like, before.meta)
+    after = train.update(cfg, lot, before, gradient, 0)
+    pairs = zip(jax.tree.leaves(before.meta), jax.tree.leaves(after.meta), strict=True)
+    assert all(np.any(a != b) for a, b in pairs)
+    assert not train.Meta._field_defaults and not train.State._field_defaults
+
+
+def test_every_setting_is_used():
+    code = inspect.getsource(train)
+    assert not [name for name in vars(train.Config()) if f"cfg.{name}" not in code]
