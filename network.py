@@ -210,11 +210,6 @@ def assemble(key, device, make, g):
     return each(tile, key, device, g)
 
 
-def tiles(chip):
-    """The tiles of a chip, layer by layer."""
-    return *chip.hidden, chip.readout
-
-
 def later(chip, seconds):
     """The chip on a clock that starts that many seconds later, so that float32 keeps the times of
     an old chip's fresh pulses."""

@@ -433,6 +433,11 @@ class Classification:
         return jax.nn.one_hot(y.astype(int), self.n_out)
 
 
+def draw_tasks(key, family, u, n):
+    """n tasks on a pool of inputs u [L, n_in], a Task of arrays [n, ...]."""
+    return jax.vmap(family.task, (0, None))(jax.random.split(key, n), u)
+
+
 class Data(NamedTuple):
     """Samples of a user's file."""
 
@@ -714,7 +719,7 @@ def meta_loss(key, meta, cfg, family, kind, n_tasks):
     chip = network.assemble(next(keys), device, make, targets_of(meta, family))
     chip = network.later(chip, log_uniform(next(keys), cfg.tread, cfg.max_age))
     times, u = times_of(cfg), family.pool(next(keys))
-    tasks = jax.vmap(family.task, (0, None))(jax.random.split(next(keys), n_tasks), u)
+    tasks = draw_tasks(next(keys), family, u, n_tasks)
     # One read of the hidden crossbars serves all looks, which halves the time of eight: their reads
     # differ in noise, and in the drift from one look to the next.
     xbars, pulses = adapt_chip(
@@ -726,10 +731,9 @@ def meta_loss(key, meta, cfg, family, kind, n_tasks):
     seen, w = query_chip(next(keys), cfg, device, chip, readouts, u, asked)
     y = seen.e @ w  # [tasks, L, n_out]
     loss = family.loss(y, tasks.query, meta.log_scale)
-    found = jax.tree.map(jnp.mean, jax.vmap(family.measures)(y, tasks.query))
     measured = {
         "loss": loss,
-        **found,
+        **jax.tree.map(jnp.mean, jax.vmap(family.measures)(y, tasks.query)),
         "pulses": jnp.sum(pulses) / n_tasks,
         **activity_of(seen.rates),
     }
@@ -812,7 +816,7 @@ def start(cfg, lot, family):
     u = family.pool(next(keys))
     seen = observe(next(keys), cfg, kind.device, chip, u, cfg.tread)
     w = network.read(next(keys), kind.device, chip.readout, cfg.tread, cfg.compensate)
-    tasks = jax.vmap(family.task, (0, None))(jax.random.split(next(keys), 64), u)
+    tasks = draw_tasks(next(keys), family, u, 64)
     gradients = jax.vmap(delta_rule, (None, None, 0))(seen.e, w, tasks.support)
     rms = jnp.sqrt(jnp.mean(gradients**2))
     shape = (1, 1) if cfg.shared_thr else (len(w), columns)
@@ -823,6 +827,7 @@ def start(cfg, lot, family):
 
 
 # ---- meta-test -----------------------------------------------------------------------------------
+
 
 class Episode(NamedTuple):
     """One task on one chip."""
@@ -853,6 +858,11 @@ def teach(adapt_key, refer_key, meta, cfg, device, chip, u, support):
     return refer(refer_key, device, xbars, times.pulses), pulses
 
 
+def with_last(chip, readouts):
+    """The chip with the last of its readouts, tiles [n, ...]."""
+    return chip._replace(readout=jax.tree.map(lambda x: x[-1], readouts))
+
+
 def episode(key, meta, cfg, family, device, make=analog.deploy):
     """Episode of a task that a new chip, its crossbars made by make, meets at tread."""
     chip, u, task, key = scene(key, meta, family, device, make)
@@ -868,17 +878,17 @@ def learn_and_test(key, meta, cfg, family, device, chip, u, task):
     readouts = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), chip.readout, after)
     seen, w = query_chip(ask_key, cfg, device, chip, readouts, u, asked)
     late, w_late = query_chip(day_key, cfg, device, chip, readouts, u, asked + DAY)
-    last = jax.tree.map(lambda x: x[-1], readouts)
+    used = with_last(chip, readouts)
     y, y_late = seen.e @ w, late.e @ w_late[-1]
     of_a_day_later = family.measures(y_late, task.query).items()
     measured = {
         **jax.vmap(family.measures, (0, None))(y, task.query),
         **{f"{name}_day": x for name, x in of_a_day_later},
         "pulses": jnp.sum(pulses),
-        **changes(device, chip.readout.xbar, last.xbar),
+        **changes(device, chip.readout.xbar, used.readout.xbar),
         **activity_of(seen.rates),
     }
-    return Episode(measured, task, u, y[jnp.array([0, -1])], chip._replace(readout=last))
+    return Episode(measured, task, u, y[jnp.array([0, -1])], used)
 
 
 def changes(device, before, after):
@@ -903,6 +913,17 @@ class Learned(NamedTuple):
     predict: Callable  # of a key, inputs x and a time t (s since that read), to outputs [N, n_out]
 
 
+def check_chip(chip, targets, device, age):
+    """Refuse a chip whose crossbars are not those of the targets, a Network in µS, or that would be
+    read at an age (s) before its last pulse."""
+    tiles = *chip.hidden, chip.readout
+    for tile, target in zip(tiles, jax.tree.leaves(targets), strict=True):
+        finite("each crossbar of the chip", tile.xbar.g, target.shape[1:])
+        soonest = float(jnp.max(tile.xbar.t_prog)) + device.t_verify
+        if not age >= soonest:
+            raise Refused(f"age must be {soonest} s or more, after the chip's last pulse")
+
+
 def learn(key, run, device, x, y, chip=None, age=None):
     """Learned of samples x and y of a user: inputs and targets [N] of a function, or samples [N, …]
     from 0 to 1 and their classes. The chip, a new one by default, has its first read at that age
@@ -923,15 +944,11 @@ def learn(key, run, device, x, y, chip=None, age=None):
     age, targets = cfg.tread if age is None else age, targets_of(meta, family)
     if chip is None:
         chip = network.assemble(chip_key, device, analog.deploy, targets)
-    for tile, target in zip(network.tiles(chip), jax.tree.leaves(targets), strict=True):
-        finite("each crossbar of the chip", tile.xbar.g, target.shape[1:])
-        soonest = float(jnp.max(tile.xbar.t_prog)) + device.t_verify
-        if not age >= soonest:
-            raise Refused(f"age must be {soonest} s or more, after the chip's last pulse")
+    check_chip(chip, targets, device, age)
     chip = network.later(chip, age)
     support = samples_of(jnp.ones(len(u)), y)
     after, pulses = teach(adapt_key, refer_key, meta, cfg, device, chip, u, support)
-    chip = chip._replace(readout=jax.tree.map(lambda x: x[-1], after))
+    chip = with_last(chip, after)
     soonest = times_of(cfg).pulses[-1] + device.t_verify
 
     def predict(key, x, t=None):
@@ -1070,9 +1087,9 @@ def test(key, experiment, cfg, family, device, n, meta):
 # ---- a file of samples ---------------------------------------------------------------------------
 
 
-def load_data(path):
-    """Data of a file of arrays x [N, ...], y [N] and perhaps test [N]; Refused where they make no
-    sense."""
+def read_samples(path):
+    """Arrays x, y and test (None where it has none) of a file, and its SHA-256; Refused where it
+    cannot be read."""
     try:
         content = Path(path).read_bytes()
         with np.load(io.BytesIO(content)) as file:
@@ -1081,10 +1098,18 @@ def load_data(path):
     except Exception as error:  # a damaged archive fails in many ways
         what = f"neither one of {', '.join(FUNCTIONS)} nor a file of arrays x and y"
         raise Refused(f"--tasks: {path} is {what}: {error}") from None
+    return x, y, arrays.get("test"), hashlib.sha256(content).hexdigest()
+
+
+def load_data(path):
+    """Data of a file of arrays x [N, ...], y [N] and perhaps test [N]; Refused where they make no
+    sense."""
+    x, y, test, sha256 = read_samples(path)
     x, y = finite(f"x of {path}", x, x.shape[1:]), finite(f"y of {path}", y, ())
     classes = np.unique(y)
     last_fifth = classes[len(classes) - len(classes) // 5 :]
-    test = arrays.get("test", np.isin(y, last_fifth))
+    if test is None:
+        test = np.isin(y, last_fifth)
     refuse(
         {
             f"{path}: y must hold integers": y.dtype.kind in "bui",
@@ -1097,7 +1122,7 @@ def load_data(path):
     share = (x.reshape(len(x), -1) - low) / max(high - low, TINY)
     is_square = x.ndim == 3 and x.shape[1] == x.shape[2]
     about = {
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": sha256,
         "low": low,
         "high": high,
         "clipped": int(np.sum((share < 0) | (share > 1))),

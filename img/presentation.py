@@ -23,7 +23,7 @@ def present(cfg, family, device, meta):
     chip = network.later(chip, cfg.tread)
     keys = jax.random.split(learn_key)
     readouts, _ = train.teach(*keys, meta, cfg, device, chip, u, task.support)
-    chip = chip._replace(readout=jax.tree.map(lambda x: x[-1], readouts))
+    chip = train.with_last(chip, readouts)
     t = train.wait_of(cfg)
     w = network.each(network.read, read_key, device, chip, t, cfg.compensate)
     size = jnp.max(jnp.abs(task.query.y), 1)

@@ -167,7 +167,7 @@ def lives(key, meta, cfg, family, device, policy):
         task = family.task(task_key, u)
         keys = jax.random.split(learn_key)
         readouts, fired = train.teach(*keys, meta, cfg, device, chip, u, task.support)
-        chip = chip._replace(readout=jax.tree.map(lambda x: x[-1], readouts))
+        chip = train.with_last(chip, readouts)
         t = train.wait_of(cfg)
         wrong = error_at(ask_key, cfg, family, device, chip, u, task.query, t, cfg.compensate)
         chip = network.later(chip, PERIOD)
