@@ -68,11 +68,10 @@ class Refused(Exception):
         self.status = status  # of the process: 1 where a run has failed
 
 
-def refuse(needs):
-    """Refused for the first of the needs {message: whether it is met} that is not met."""
-    for message, is_met in needs.items():
-        if not is_met:
-            raise Refused(message)
+def require(is_met, message, status=2):
+    """Refused with the message unless is_met."""
+    if not is_met:
+        raise Refused(message, status)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -189,6 +188,7 @@ PRESETS = {
 
 # A family of tasks has n_in inputs and n_out outputs, and
 #   exchangeable       whether its outputs stand for classes that are drawn at random
+#   side               of the square images that its inputs are, else 0
 #   pool(key)          inputs [L, n_in] that a chip is shown in an episode, once for all tasks
 #   task(key, u)       a Task on such a pool
 #   loss(y, query, s)  the outer loss of outputs y [tasks, L, n_out]; s is Meta's log_scale
@@ -228,10 +228,10 @@ def squared_error(y, samples):
 def finite(name, values, shape):
     """The values as an array [N, *shape] of finite numbers; Refused where they are not."""
     values = np.asarray(values)
-    if values.dtype.kind not in "buif" or not np.isfinite(values).all():
-        raise Refused(f"{name} must hold finite numbers")
-    if values.ndim < 1 or values.shape[1:] != shape or not values.size:
-        raise Refused(f"{name} must have the shape [N{''.join(f', {n}' for n in shape)}]")
+    is_finite = values.dtype.kind in "buif" and np.isfinite(values).all()
+    require(is_finite, f"{name} must hold finite numbers")
+    is_shaped = values.ndim and values.shape[1:] == shape and values.size
+    require(is_shaped, f"{name} must have the shape [N{''.join(f', {n}' for n in shape)}]")
     return values
 
 
@@ -289,6 +289,7 @@ class Regression:
     task_size: int = static()
     n_in = n_out = 1
     exchangeable = False
+    side = 0  # no images
 
     def pool(self, key):
         return network.level_centres(self.dac_bits)[:, None]
@@ -330,8 +331,7 @@ class Regression:
     def encode(self, x):
         x = finite("x", x, ())[:, None]
         low, high = network.X_RANGE
-        if x.min() < low or x.max() > high:
-            raise Refused(f"x must be from {low:g} to {high:g}")
+        require(low <= x.min() and x.max() <= high, f"x must be from {low:g} to {high:g}")
         return network.level_centres(self.dac_bits)[network.level(self.dac_bits, x)]
 
     def targets(self, y):
@@ -375,7 +375,8 @@ class Classification:
     shots: int = static()
     n_classes: int = static()
     n_each: int = static()
-    side: int = static()  # of the square images that are warped; 0: none are
+    side: int = static()  # of square images, else 0
+    is_warped: bool = static()
     exchangeable = True
 
     @property
@@ -385,12 +386,12 @@ class Classification:
     def pool(self, key):
         class_key, sample_key, warp_key = jax.random.split(key, 3)
         classes = shuffled(class_key, len(self.first))[: self.n_classes, None]
-        lots = jax.random.uniform(sample_key, (self.n_classes, self.most))
+        draws = jax.random.uniform(sample_key, (self.n_classes, self.most))
         is_member = jnp.arange(self.most) < self.n_members[classes]
-        order = jnp.argsort(jnp.where(is_member, lots, 2.0), 1)
+        order = jnp.argsort(jnp.where(is_member, draws, 2.0), 1)
         chosen = self.first[classes] + order[:, : self.n_each]
         u = self.x[chosen.ravel()]
-        if not self.side:
+        if not self.is_warped:
             return u
         images = u.reshape(-1, self.side, self.side)
         keys = jax.random.split(warp_key, len(images))
@@ -400,8 +401,8 @@ class Classification:
         class_key, sample_key = jax.random.split(key)
         label = shuffled(class_key, self.n_classes)  # from n_way on: no class of the task
         y = jnp.repeat(jax.nn.one_hot(label, self.n_out), self.n_each, 0)  # [L, n_way]
-        lots = jax.random.uniform(sample_key, (self.n_classes, self.n_each))
-        is_support = (jnp.argsort(lots, 1) < self.shots).ravel()
+        draws = jax.random.uniform(sample_key, (self.n_classes, self.n_each))
+        is_support = (jnp.argsort(draws, 1) < self.shots).ravel()
         in_task = jnp.sum(y, 1)
         support = samples_of(jnp.where(is_support, in_task, 0.0), y)
         return Task(support, samples_of(jnp.where(is_support, 0.0, in_task), y))
@@ -422,75 +423,20 @@ class Classification:
     def encode(self, x):
         x = np.atleast_1d(x)
         x = finite("x", x.reshape(len(x), math.prod(x.shape[1:])), (self.n_in,))
-        if x.min() < 0 or x.max() > 1:
-            raise Refused("x must be from 0 to 1: scale it as config.json says")
+        in_range = 0 <= x.min() and x.max() <= 1
+        require(in_range, "x must be from 0 to 1: scale it as config.json says")
         return jnp.asarray(x, float)
 
     def targets(self, y):
         y = finite("y", y, ())
-        if not np.isin(y, range(self.n_out)).all():
-            raise Refused(f"y must hold classes from 0 to {self.n_out - 1}")
+        are_classes = np.isin(y, range(self.n_out)).all()
+        require(are_classes, f"y must hold classes from 0 to {self.n_out - 1}")
         return jax.nn.one_hot(y.astype(int), self.n_out)
 
 
 def draw_tasks(key, family, u, n):
     """n tasks on a pool of inputs u [L, n_in], a Task of arrays [n, ...]."""
     return jax.vmap(family.task, (0, None))(jax.random.split(key, n), u)
-
-
-class Data(NamedTuple):
-    """Samples of a user's file."""
-
-    x: np.ndarray  # [N, n_in], scaled to [0, 1] by the range of the training part
-    y: np.ndarray  # [N], classes
-    test: np.ndarray  # [N] bool, the samples of the meta-test
-    side: int  # of square images, else 0
-    about: dict  # the file's sha256, that range, and how many numbers were clipped to it
-
-
-class Families(NamedTuple):
-    """The families of tasks of a run."""
-
-    training: Regression | Classification
-    testing: Regression | Classification
-
-
-def classes_of(cfg, data, is_testing):
-    """Classification of the classes of one part of the data."""
-    part = data.test == is_testing
-    names, y, n_members = np.unique(data.y[part], return_inverse=True, return_counts=True)
-    shots, left_over = divmod(cfg.task_size, cfg.n_way)
-    n_all, fewest = len(names), min(n_members, default=0)
-    where = f"{'test' if is_testing else 'training'} part of {cfg.tasks}"
-    refuse(
-        {
-            f"--task_size must be a multiple of --n_way, {cfg.n_way}": left_over == 0,
-            f"{where}: {n_all} classes are fewer than --n_way {cfg.n_way}": n_all >= cfg.n_way,
-            f"{where}: a class has {fewest} samples, but a task needs {shots} and a query": (
-                fewest > shots
-            ),
-        }
-    )
-    n_query = N_QUERY_TEST if is_testing else N_QUERY_TRAIN
-    return Classification(
-        x=jnp.asarray(data.x[part][np.argsort(y)]),
-        first=jnp.asarray(np.cumsum(n_members) - n_members),
-        n_members=jnp.asarray(n_members),
-        most=int(max(n_members)),
-        n_out=cfg.n_way,
-        shots=shots,
-        n_classes=cfg.n_way if is_testing else min(4 * cfg.n_way, n_all),
-        n_each=int(min(shots + n_query, fewest)),
-        side=0 if is_testing else data.side,
-    )
-
-
-def families_of(cfg, data=None):
-    """Families of the settings and of the Data of their file, if they name one."""
-    if data:
-        return Families(*(classes_of(cfg, data, is_testing) for is_testing in (False, True)))
-    family = Regression(FUNCTIONS[cfg.tasks], cfg.dac_bits, cfg.task_size)
-    return Families(family, family)
 
 
 # ---- a look --------------------------------------------------------------------------------------
@@ -535,6 +481,11 @@ class Meta(NamedTuple):
     log_theta: jax.Array
     # s, where the outer loss is the cross-entropy of exp(s)·ŷ; else without effect
     log_scale: jax.Array
+
+
+def entry(tree, index):
+    """The tree with that entry of each of its arrays; with None, each gets a first axis."""
+    return jax.tree.map(lambda x: x[index], tree)
 
 
 def targets_of(meta, family):
@@ -725,7 +676,7 @@ def meta_loss(key, meta, cfg, family, kind, n_tasks):
     xbars, pulses = adapt_chip(
         next(keys), meta, cfg, device, chip, u, tasks.support, times, times.reads[:1]
     )
-    last = jax.tree.map(lambda x: x[:, -1], xbars)
+    last = entry(xbars, (slice(None), -1))
     readouts = refer(next(keys), device, last, jnp.repeat(times.pulses[-1], n_tasks))
     asked = times.pulses[-1] + log_uniform(next(keys), cfg.twait, cfg.max_rest)
     seen, w = query_chip(next(keys), cfg, device, chip, readouts, u, asked)
@@ -806,7 +757,7 @@ def start(cfg, lot, family):
     """State before training: the thresholds are a share of the rms of the gradients on a new chip
     of the first device by name."""
     keys = iter(jax.random.split(stream(cfg, 0), 6))
-    kind = jax.tree.map(lambda x: x[0], lot.kinds[0])
+    kind = entry(lot.kinds[0], 0)
     device = kind.device._replace(g_min=lot.low)
     sizes = sizes_of(cfg)
     columns = 1 if family.exchangeable else family.n_out
@@ -852,15 +803,15 @@ def scene(key, meta, family, device, make=analog.deploy):
 def teach(adapt_key, refer_key, meta, cfg, device, chip, u, support):
     """The readouts of a chip after each look at a support, tiles [n_inner, ...], and the pulses
     [n_inner, 2, H, n_out]."""
-    times, supports = times_of(cfg), jax.tree.map(lambda x: x[None], support)
+    times, supports = times_of(cfg), entry(support, None)
     found = adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
-    xbars, pulses = jax.tree.map(lambda x: x[0], found)
+    xbars, pulses = entry(found, 0)
     return refer(refer_key, device, xbars, times.pulses), pulses
 
 
 def with_last(chip, readouts):
     """The chip with the last of its readouts, tiles [n, ...]."""
-    return chip._replace(readout=jax.tree.map(lambda x: x[-1], readouts))
+    return chip._replace(readout=entry(readouts, -1))
 
 
 def episode(key, meta, cfg, family, device, make=analog.deploy):
@@ -920,26 +871,22 @@ def check_chip(chip, targets, device, age):
     for tile, target in zip(tiles, jax.tree.leaves(targets), strict=True):
         finite("each crossbar of the chip", tile.xbar.g, target.shape[1:])
         soonest = float(jnp.max(tile.xbar.t_prog)) + device.t_verify
-        if not age >= soonest:
-            raise Refused(f"age must be {soonest} s or more, after the chip's last pulse")
+        require(age >= soonest, f"age must be {soonest} s or more, after the chip's last pulse")
 
 
 def learn(key, run, device, x, y, chip=None, age=None):
     """Learned of samples x and y of a user: inputs and targets [N] of a function, or samples [N, …]
     from 0 to 1 and their classes. The chip, a new one by default, has its first read at that age
     (s since its time 0; default: tread). Refused where they do not fit the network."""
-    family = families_of(run.cfg, run.data).testing
+    cfg, family = run.cfg, run.families.testing
     g_max = next(iter(run.devices.values())).g_max
-    if device.g_max != g_max:
-        raise Refused(f"the network needs devices of g_max {g_max:g} µS, not {device.g_max:g}")
+    other = f"the network needs devices of g_max {g_max:g} µS, not {device.g_max:g}"
+    require(device.g_max == g_max, other)
     meta = project(run.state.meta, *common_range([device]))
     u, y = family.encode(x), family.targets(y)
-    if len(u) != len(y):
-        raise Refused(f"x has {len(u)} samples, y {len(y)}")
-    cfg = run.cfg
+    require(len(u) == len(y), f"x has {len(u)} samples, y {len(y)}")
     if len(u) > cfg.task_size:  # they need more time before each pulse
-        longer = {"task_size": len(u), "tprog": None, "tlook": None, "ttest": None}
-        cfg = complete(dataclasses.replace(cfg, **longer), {"its device": device})
+        cfg = resize(cfg, len(u), {"its device": device})
     chip_key, adapt_key, refer_key = jax.random.split(key, 3)
     age, targets = cfg.tread if age is None else age, targets_of(meta, family)
     if chip is None:
@@ -953,9 +900,9 @@ def learn(key, run, device, x, y, chip=None, age=None):
 
     def predict(key, x, t=None):
         t = wait_of(cfg) if t is None else t
-        if not t >= soonest * (1 - 1e-6):
-            raise Refused(f"t must be {soonest:g} s or more, after the pulses")
-        readouts = jax.tree.map(lambda x: x[None], chip.readout)
+        is_after = t >= soonest * (1 - 1e-6)
+        require(is_after, f"t must be {soonest:g} s or more, after the pulses")
+        readouts = entry(chip.readout, None)
         seen, w = query_chip(key, cfg, device, chip, readouts, family.encode(x), t)
         return seen.e @ w[0]
 
@@ -989,9 +936,8 @@ def places_for(*numbers):
     evenly. All that one compiled program runs has to use the same, and several hosts use all."""
     n_all = jax.device_count()
     found = next(k for k in range(n_all, 0, -1) if not any(n % k for n in numbers))
-    if jax.process_count() > 1 and found < n_all:
-        what = f"several hosts need a multiple of {n_all} chips: --n_chips, --batch_test"
-        raise Refused(what)
+    needed = f"several hosts need a multiple of {n_all} chips: --n_chips, --batch_test"
+    require(jax.process_count() == 1 or found == n_all, needed)
     return found
 
 
@@ -1091,7 +1037,7 @@ def read_samples(path):
     """Arrays x, y and test (None where it has none) of a file, and its SHA-256; Refused where it
     cannot be read."""
     try:
-        content = Path(path).read_bytes()
+        content = (Path(path) if os.path.exists(path) else HERE / path).read_bytes()
         with np.load(io.BytesIO(content)) as file:
             arrays = dict(file)
         x, y = arrays["x"], arrays["y"]
@@ -1099,6 +1045,16 @@ def read_samples(path):
         what = f"neither one of {', '.join(FUNCTIONS)} nor a file of arrays x and y"
         raise Refused(f"--tasks: {path} is {what}: {error}") from None
     return x, y, arrays.get("test"), hashlib.sha256(content).hexdigest()
+
+
+class Data(NamedTuple):
+    """Samples of a user's file."""
+
+    x: np.ndarray  # [N, n_in], scaled to [0, 1] by the range of the training part
+    y: np.ndarray  # [N], classes
+    test: np.ndarray  # [N] bool, the samples of the meta-test
+    side: int  # of square images, else 0
+    about: dict  # the file's sha256, that range, and how many numbers were clipped to it
 
 
 def load_data(path):
@@ -1110,14 +1066,10 @@ def load_data(path):
     last_fifth = classes[len(classes) - len(classes) // 5 :]
     if test is None:
         test = np.isin(y, last_fifth)
-    refuse(
-        {
-            f"{path}: y must hold integers": y.dtype.kind in "bui",
-            f"{path}: test must hold true and false": test.dtype == bool,
-            f"{path}: x, y and test differ in length": len(x) == len(y) == test.size,
-            f"{path}: the training part is empty": not np.all(test),
-        }
-    )
+    require(y.dtype.kind in "bui", f"{path}: y must hold integers")
+    require(test.dtype == bool, f"{path}: test must hold true and false")
+    require(len(x) == len(y) == test.size, f"{path}: x, y and test differ in length")
+    require(not np.all(test), f"{path}: the training part is empty")
     low, high = float(x[~test].min()), float(x[~test].max())
     share = (x.reshape(len(x), -1) - low) / max(high - low, TINY)
     is_square = x.ndim == 3 and x.shape[1] == x.shape[2]
@@ -1131,12 +1083,49 @@ def load_data(path):
     return Data(np.clip(share, 0, 1).astype(np.float32), y, test, side, about)
 
 
-def data_of(cfg):
-    """Data of the file that the settings name; None where they name a function."""
+def classes_of(cfg, data, is_testing):
+    """Classification of the classes of one part of the data."""
+    part = data.test == is_testing
+    names, y, n_members = np.unique(data.y[part], return_inverse=True, return_counts=True)
+    shots, left_over = divmod(cfg.task_size, cfg.n_way)
+    n_all, fewest = len(names), int(min(n_members, default=0))
+    where = f"{'test' if is_testing else 'training'} part of {cfg.tasks}"
+    few = f"{where}: {n_all} classes are fewer than --n_way {cfg.n_way}"
+    small = f"{where}: a class has {fewest} samples, but a task needs {shots} and a query"
+    require(left_over == 0, f"--task_size must be a multiple of --n_way, {cfg.n_way}")
+    require(n_all >= cfg.n_way, few)
+    require(fewest > shots, small)
+    n_query = N_QUERY_TEST if is_testing else N_QUERY_TRAIN
+    return Classification(
+        x=jnp.asarray(data.x[part][np.argsort(y)]),
+        first=jnp.asarray(np.cumsum(n_members) - n_members),
+        n_members=jnp.asarray(n_members),
+        most=int(max(n_members)),
+        n_out=cfg.n_way,
+        shots=shots,
+        n_classes=cfg.n_way if is_testing else min(4 * cfg.n_way, n_all),
+        n_each=min(shots + n_query, fewest),
+        side=data.side,
+        is_warped=not is_testing and data.side > 0,
+    )
+
+
+class Families(NamedTuple):
+    """The families of tasks of a run."""
+
+    training: Regression | Classification
+    testing: Regression | Classification
+    about: dict | None  # Data.about of their file, if they have one
+
+
+def families_of(cfg):
+    """Families that the settings name: of a function, or of a file of samples."""
     if cfg.tasks in FUNCTIONS:
-        return None
-    path = Path(cfg.tasks)
-    return load_data(path if path.exists() else HERE / path)
+        family = Regression(FUNCTIONS[cfg.tasks], cfg.dac_bits, cfg.task_size)
+        return Families(family, family, None)
+    data = load_data(cfg.tasks)
+    training, testing = (classes_of(cfg, data, is_testing) for is_testing in (False, True))
+    return Families(training, testing, data.about)
 
 
 # ---- run folder ----------------------------------------------------------------------------------
@@ -1147,7 +1136,7 @@ class Run(NamedTuple):
 
     cfg: Config
     devices: dict  # analog.Device by name, in the order of a report
-    data: Data | None  # of the file that the settings name, if they name one
+    families: Families
     state: State
     step: int = 0
     rows: tuple = ()  # of metrics.csv, dictionaries
@@ -1228,7 +1217,7 @@ def save(run, folder):
     config = {
         "config": vars(run.cfg),
         "device": [device, *others] if others else device,
-        "data": run.data and run.data.about,
+        "data": run.families.about,
         "versions": provenance(),
     }
     write_json(folder / "config.json", config)
@@ -1251,17 +1240,15 @@ def load(folder):
         devices = dict(map(analog.from_constants, described))
         given = saved["config"]
         cfg = config_of(given | {name: given[name] for name in vars(Config())})  # none missing
-        data = data_of(cfg)
-        if (data and data.about) != saved["data"]:
-            raise Refused(f"{cfg.tasks} is not the file that it was")
+        families = families_of(cfg)
+        require(families.about == saved["data"], f"{cfg.tasks} is not the file that it was")
         exact = dataclasses.replace(cfg, off_noise=0.0)  # shapes need no table of programming
-        family = families_of(cfg, data).training
-        like = jax.eval_shape(start, exact, lot_of(exact, devices), family)
+        like = jax.eval_shape(start, exact, lot_of(exact, devices), families.training)
         with np.load(folder / "checkpoint.npz") as file:
             leaves = [file[name].reshape(x.shape) for name, x in by_name(like).items()]
             step, rows = int(file["step"]), json.loads(str(file["rows"]))
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return Run(cfg, devices, data, state, step, tuple(rows), dict(saved["versions"]))
+        return Run(cfg, devices, families, state, step, tuple(rows), dict(saved["versions"]))
     except Exception as error:  # a damaged archive fails in many ways
         what = f"{folder} holds no run, a damaged one, or one of other code: {error}"
         raise Refused(what) from None
@@ -1321,8 +1308,7 @@ def config_of(values):
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name, x in values.items():
         problem = problem_of(fields[name], x) if name in fields else "is not a setting"
-        if problem:
-            raise Refused(f"--{name} {problem}: {x!r:.40}")
+        require(not problem, f"--{name} {problem}: {x!r:.40}")
     return Config(**values)
 
 
@@ -1375,43 +1361,56 @@ def devices_of(names):
     except ValueError as error:
         raise Refused(f"--device: {error}") from None
     devices = dict(found)
-    if len(devices) < len(found):
-        raise Refused("--device: a name stands twice")
+    require(len(devices) == len(found), "--device: a name stands twice")
     return devices
 
 
 def complete(cfg, devices):
-    """The settings, with those that follow from others; Refused where they, or devices by name,
+    """The settings, with the times that follow from others; Refused where they, or devices by name,
     contradict each other."""
-    shown = cfg.tread + cfg.task_size * network.N_STEPS * network.DT
-    tprog = cfg.tprog or shown
+    tprog = cfg.tprog or soonest_pulse(cfg)
     t_verify = max(device.t_verify for device in devices.values())
-    soonest = tprog - cfg.tread + t_verify
-    tlook = cfg.tlook or max(20.0, soonest)
-    last = tprog + (cfg.n_inner - 1) * tlook
-    ttest = cfg.ttest or last + cfg.twait
+    tlook = cfg.tlook or max(20.0, tprog - cfg.tread + t_verify)
+    ttest = cfg.ttest or tprog + (cfg.n_inner - 1) * tlook + cfg.twait
+    names = ",".join(devices)
+    cfg = dataclasses.replace(cfg, device=names, tprog=tprog, tlook=tlook, ttest=ttest)
+    check_times(cfg, t_verify)
+    check_devices(cfg, devices)
+    return cfg
+
+
+def soonest_pulse(cfg):
+    """The time (s) at which the samples of a task have been shown."""
+    return cfg.tread + cfg.task_size * network.N_STEPS * network.DT
+
+
+def check_times(cfg, t_verify):
+    """Refuse times of which one comes before what it waits for."""
+    shown, look = soonest_pulse(cfg), cfg.tprog - cfg.tread + t_verify
+    read = cfg.tprog + (cfg.n_inner - 1) * cfg.tlook + t_verify
+    require(cfg.tprog >= shown, f"--tprog must be {shown} s or more, after the samples")
+    require(cfg.tlook >= look, f"--tlook must be {look} s or more, after pulses and their read")
+    require(cfg.twait >= t_verify, f"--twait must be t_verify, {t_verify} s, or more")
+    require(cfg.ttest >= read, f"--ttest must be {read} s or more, after the pulses")
+    require(cfg.max_age >= cfg.tread, f"--max_age must be at least tread, {cfg.tread} s")
+    require(cfg.max_rest >= cfg.twait, f"--max_rest must be at least twait, {cfg.twait} s")
+
+
+def check_devices(cfg, devices):
+    """Refuse devices, a dictionary by name, that the settings or each other rule out."""
     n, (low, high) = len(devices), common_range(devices.values())
     g_max = {name: device.g_max for name, device in devices.items()}
-    refuse(
-        {
-            f"--tprog must be {shown} s or more, after the samples": tprog >= shown,
-            f"--tlook must be {soonest} s or more, after pulses and their read": tlook >= soonest,
-            f"--twait must be t_verify, {t_verify} s, or more": cfg.twait >= t_verify,
-            f"--ttest must be {last + t_verify} s or more, after the pulses": (
-                ttest >= last + t_verify
-            ),
-            f"--max_age must be at least tread, {cfg.tread} s": cfg.max_age >= cfg.tread,
-            f"--max_rest must be at least twait, {cfg.twait} s": cfg.max_rest >= cfg.twait,
-            f"--rule must be one of {', '.join(RULES)}": cfg.rule in RULES,
-            f"--batch_train must be a multiple of {n} devices": cfg.batch_train % n == 0,
-            f"--device: all must agree in g_max (µS), but have {g_max}": (
-                len(set(g_max.values())) == 1
-            ),
-            "--device: no conductance can be programmed on all of them": low < high,
-        }
-    )
-    names = ",".join(devices)
-    return dataclasses.replace(cfg, device=names, tprog=tprog, tlook=tlook, ttest=ttest)
+    agree = len(set(g_max.values())) == 1
+    require(cfg.rule in RULES, f"--rule must be one of {', '.join(RULES)}")
+    require(cfg.batch_train % n == 0, f"--batch_train must be a multiple of {n} devices")
+    require(agree, f"--device: all must agree in g_max (µS), but have {g_max}")
+    require(low < high, "--device: no conductance can be programmed on all of them")
+
+
+def resize(cfg, task_size, devices):
+    """The settings for tasks of another size, whose samples take another time."""
+    times = dict.fromkeys(("tprog", "tlook", "ttest"))
+    return complete(dataclasses.replace(cfg, task_size=task_size, **times), devices)
 
 
 def configure(flags):
@@ -1425,16 +1424,16 @@ def resumed(flags, folder):
     """The Run in a folder with the flags that may change; others must be as they were."""
     run = load(folder)
     devices = devices_of(flags["device"]) if "device" in flags else run.devices
-    if devices != run.devices:
-        raise Refused(f"{folder} holds a run on other devices or constants: {run.cfg.device}")
+    other = f"{folder} holds a run on other devices or constants: {run.cfg.device}"
+    require(devices == run.devices, other)
     cfg = complete(config_of(vars(run.cfg) | flags), run.devices)
     differ = {name for name, x in vars(cfg).items() if x != getattr(run.cfg, name)}
     for name in sorted(differ - MAY_CHANGE):
         before = getattr(run.cfg, name)
         what = f"{folder} holds a run with --{name} {before}: leave out that flag or --resume"
         raise Refused(what)
-    if cfg.n_iter < run.step:
-        raise Refused(f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}")
+    past = f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}"
+    require(run.step <= cfg.n_iter, past)
     now = provenance().items()
     changed = [name for name, x in now if run.versions.get(name) != x]
     print(f"resuming {folder} after iteration {run.step}; changed since: {changed or 'nothing'}")
@@ -1448,9 +1447,9 @@ def prepare(argv):
         folder = Path(run_dir or latest())
         return resumed(flags, folder), folder
     cfg, devices = configure(flags)
-    data = data_of(cfg)
-    state = start(cfg, lot_of(cfg, devices), families_of(cfg, data).training)
-    return Run(cfg, devices, data, state), new_folder(run_dir)
+    families = families_of(cfg)
+    state = start(cfg, lot_of(cfg, devices), families.training)
+    return Run(cfg, devices, families, state), new_folder(run_dir)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1467,28 +1466,24 @@ def assert_sound(run, measured, folder):
     numbers = jax.tree.leaves((measured, run.state))
     if not all(np.isfinite(x).all() for x in numbers):
         problem = "the loss is not finite; try a smaller --lr_out"
-    if problem:
-        what = f"iteration {run.step}: {problem}; the checkpoint in {folder} is good"
-        raise Refused(what, 1)
+    what = f"iteration {run.step}: {problem}; the checkpoint in {folder} is good"
+    require(not problem, what, 1)
 
 
 def row_of(step, meta, measured):
     """The row of metrics.csv for a chunk whose means are measured, its values by column."""
+    row = {"step": step}
     thresholds = np.exp(np.median(meta.log_theta, (1, 2)))
-    means = {name: float(x) for name, x in measured.items() if not np.shape(x)}
-    return {
-        "step": step,
-        **means,
-        **{f"rate{i}_hz": float(x) for i, x in enumerate(measured["rates"])},
-        **{f"silent{i}": float(x) for i, x in enumerate(measured["silent"])},
-        **{f"theta_{k}": float(x) for k, x in enumerate(thresholds)},
-    }
+    for name, x in {**measured, "theta": thresholds}.items():
+        names = [f"{name}_{k}" for k in range(len(x))] if np.ndim(x) else [name]
+        row |= dict(zip(names, np.ravel(x).tolist(), strict=True))
+    return row
 
 
 def train(run, folder):
     """The Run after meta-training up to n_iter, saved every CHUNK iterations."""
     cfg, lot = run.cfg, lot_of(run.cfg, run.devices)
-    family = families_of(cfg, run.data).training
+    family = run.families.training
     bar = tqdm(total=cfg.n_iter, initial=run.step, unit="it", file=sys.stdout)
     with bar:
         while run.step < cfg.n_iter:
@@ -1508,7 +1503,7 @@ def train(run, folder):
 def meta_test(run):
     """Episodes on each device by its name, and what results.json holds."""
     cfg, meta, key = run.cfg, run.state.meta, stream(run.cfg, 2)
-    family = families_of(cfg, run.data).testing
+    family = run.families.testing
     episodes = {
         name: jax.device_get(test(key, reported, cfg, family, device, cfg.batch_test, meta))
         for name, device in run.devices.items()
@@ -1531,8 +1526,7 @@ def cores():
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder, and copy them to img/."""
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}"
-    side = run.data.side if run.data else 0
-    found = next(iter(episodes.values()))
+    side, found = run.families.testing.side, next(iter(episodes.values()))
     for name, image in figures.of_run(run.rows, found, results, side, note).items():
         write(folder / name, image)
         try:
@@ -1545,16 +1539,16 @@ def execute(run, folder):
     """Meta-train, meta-test, draw and report."""
     where = f"{jax.device_count()} of JAX's devices ({jax.default_backend()}), {cores()} cores"
     print(f"run folder {folder}, tasks {run.cfg.tasks}, devices {run.cfg.device}; {where}")
-    if run.data and run.data.about["clipped"]:
-        n = run.data.about["clipped"]
+    n = (run.families.about or {}).get("clipped")
+    if n:
         print(f"{n} numbers of the test part were clipped to the range of the training part")
     print("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
     print("compiling, which takes up to a minute, comes first")
     save(run, folder)
     places_for(run.cfg.batch_test)  # a fault of the test must not wait for training
-    tested, family = partial(reported, cfg=run.cfg), families_of(run.cfg, run.data).testing
+    tested = partial(reported, cfg=run.cfg, family=run.families.testing)
     for device in run.devices.values():
-        jax.eval_shape(tested, stream(run.cfg, 2), run.state.meta, family=family, device=device)
+        jax.eval_shape(tested, stream(run.cfg, 2), run.state.meta, device=device)
     run = train(run, folder)
     episodes, results = meta_test(run)
     write_json(folder / "results.json", results)

@@ -39,7 +39,7 @@ def draw(folder):
     """Draw the network of a run folder, on a chip of its first device."""
     run = train.load(folder)
     device = next(iter(run.devices.values()))
-    family = train.families_of(run.cfg, run.data).testing
+    family = run.families.testing
     shown = present(run.cfg, family, device, run.state.meta)
     activity, output, x, target = jax.device_get(shown)
     spikes = [neurons.z[:, 0] for neurons in activity.layers]

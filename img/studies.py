@@ -80,7 +80,7 @@ def last_error(key, meta, cfg, family, device, make=analog.deploy):
 
 def unit(run):
     """What an error of the run's tasks is, in words."""
-    return "wrong answers (%)" if run.data else "mean squared error"
+    return "wrong answers (%)" if run.families.about else "mean squared error"
 
 
 def tested(experiment, n, run, device=None):
@@ -89,7 +89,7 @@ def tested(experiment, n, run, device=None):
     device = device or next(iter(run.devices.values()))
     meta = train.project(run.state.meta, *train.common_range([device]))
     key = train.stream(train.Config(), 3)  # the same tasks for every network
-    family = train.families_of(run.cfg, run.data).testing
+    family = run.families.testing
     return jax.device_get(train.test(key, experiment, run.cfg, family, device, n, meta))
 
 
@@ -418,9 +418,8 @@ def nearest_mean(key, meta, cfg, family, device):
 
 def few_shot(n, run):
     """Errors after each look, and of regression on the same traces, chips and tasks."""
-    families = train.families_of(run.cfg, run.data)
     lot = train.lot_of(run.cfg, run.devices)
-    untrained = run._replace(state=train.start(run.cfg, lot, families.training))
+    untrained = run._replace(state=train.start(run.cfg, lot, run.families.training))
     found = {}
     for name, device in devices_for(run).items():
         wrong = error_of(tested(train.reported, n, run, device).measured)
@@ -428,7 +427,7 @@ def few_shot(n, run):
         errors |= tested(regression, n, run, device)
         other = tested(regression, n, untrained, device)["ridge regression"]
         errors["ridge regression, untrained network"] = other
-        if run.data:
+        if run.families.about:
             errors |= tested(nearest_mean, n, run, device)
         found[name] = {label: show(f"{name}, {label}", x) for label, x in errors.items()}
     return found, figures.bars(found, unit(run))
@@ -514,9 +513,8 @@ def loaded(folder, task_size):
     run = train.load(folder)
     if task_size is None:
         return run
-    times = dict.fromkeys(("tprog", "tlook", "ttest"))  # as this size allows
-    values = vars(run.cfg) | times | {"task_size": task_size}
-    return run._replace(cfg=train.complete(train.config_of(values), run.devices))
+    cfg = train.resize(run.cfg, task_size, run.devices)
+    return run._replace(cfg=cfg, families=train.families_of(cfg))
 
 
 def execute(given):

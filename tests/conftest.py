@@ -62,6 +62,13 @@ def started(cfg, devices, family=None):
     return lot, train.start(cfg, lot, family or train.families_of(cfg).training)
 
 
+def begun(cfg, devices):
+    """The run that begins."""
+    families = train.families_of(cfg)
+    _, state = started(cfg, devices, families.training)
+    return train.Run(cfg, devices, families, state)
+
+
 @pytest.fixture
 def x64():
     """Double precision for one test."""

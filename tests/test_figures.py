@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
-from conftest import TINY, configured, started, write_classes
+from conftest import TINY, begun, configured, write_classes
 
 import analog
 import network
@@ -109,7 +109,7 @@ def test_the_figure_of_classes_shows_images_where_there_are_any(here, side, n_pa
     equal outputs is the first."""
     data = train.load_data(write_classes("few.npz"))._replace(side=side)
     cfg, _ = configured(n_way=3, task_size=6)
-    family = train.families_of(cfg, data).testing
+    family = train.classes_of(cfg, data, True)
     episodes = episodes_of(family, 4, accuracy=np.full((4, 3), 33.0))
     found = {"accuracy": [20.0, 30.0, 33.0], "accuracy_day": 31.0}
     results = results_of(**found) | {"baselines": {"accuracy (%) of chance": 33.3}}
@@ -231,8 +231,7 @@ def test_devices_of_a_run_come_first_and_as_they_are():
 
 def save_tiny(folder):
     """A run of a tiny network that was not trained."""
-    cfg, devices = train.configure(train.parse(TINY)[0])
-    train.save(train.Run(cfg, devices, None, started(cfg, devices)[1]), folder)
+    train.save(begun(*train.configure(train.parse(TINY)[0])), folder)
 
 
 def test_a_study_from_start_to_figure(here, monkeypatch, capsys):
@@ -247,10 +246,7 @@ def test_a_study_from_start_to_figure(here, monkeypatch, capsys):
 def test_a_study_of_classes_from_start_to_figure(here, monkeypatch, capsys):
     """Of more shots than the training had."""
     flags = {"tasks": write_classes("few.npz"), "n_way": 3, "task_size": 6, "device": "perf"}
-    cfg, devices = configured(**flags)
-    data = train.data_of(cfg)
-    _, state = started(cfg, devices, train.families_of(cfg, data).training)
-    train.save(train.Run(cfg, devices, data, state), here / "mine")
+    train.save(begun(*configured(**flags)), here / "mine")
     monkeypatch.setattr(studies, "devices_for", lambda run: run.devices)
     studies.main(["few_shot", "mine", "--n", "3", "--out", ".", "--task_size", "9"])
     out = capsys.readouterr().out
@@ -261,9 +257,8 @@ def test_a_study_of_classes_from_start_to_figure(here, monkeypatch, capsys):
 
 
 def test_the_nearest_mean_is_that_of_a_plain_loop(here):
-    cfg, _ = configured(n_way=3, task_size=6)
-    data = train.load_data(write_classes("few.npz"))
-    family = train.families_of(cfg, data).testing
+    cfg, _ = configured(n_way=3, task_size=6, tasks=write_classes("few.npz"))
+    family = train.families_of(cfg).testing
     g = network.Network((), jnp.ones((2, 4, 1)))
     meta = train.Meta(g, None, None)
 

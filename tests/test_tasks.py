@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, call, configured, started, write_classes
+from conftest import ROOT, begun, call, configured, write_classes
 
 import analog
 import network
@@ -94,22 +94,22 @@ def data(here):
 
 
 def families(data):
-    """train.Families of the data, and devices."""
+    """The families of its training and its test part."""
     cfg, _ = configured(**FEW)
-    return train.families_of(cfg, data)
+    return [train.classes_of(cfg, data, is_testing) for is_testing in (False, True)]
 
 
-@pytest.mark.parametrize("part", ["training", "testing"])
+@pytest.mark.parametrize("part", [0, 1], ids=["training", "testing"])
 def test_a_pool_has_samples_of_its_part_each_as_likely(data, part):
     """n_each of every class: five, and three in training, as the smallest class has four."""
     n = 2000
     numbered = data._replace(x=np.arange(len(data.y), dtype=np.float32)[:, None], side=0)
-    family = getattr(families(numbered), part)
+    family = families(numbered)[part]
     pools = jax.jit(jax.vmap(family.pool))(keys(n)).astype(int)
     assert pools.shape[1:] == (family.n_classes * family.n_each, 1)
-    assert (family.n_classes, family.n_each) == {"training": (6, 4), "testing": (3, 10)}[part]
+    assert (family.n_classes, family.n_each) == ((6, 4), (3, 10))[part]
     index = pools.reshape(n, family.n_classes, -1)
-    assert np.all(data.test[index] == (part == "testing"))
+    assert np.all(data.test[index] == part)
     found = data.y[index]
     assert np.all(found == found[..., :1])  # a class in each row
     for row in (np.sort(found[..., 0], 1), np.sort(index.reshape(n, -1), 1)):
@@ -120,9 +120,9 @@ def test_a_pool_has_samples_of_its_part_each_as_likely(data, part):
         assert np.all(np.abs(drawn - n * share) <= 5 * (n * share * (1 - share)) ** 0.5)
 
 
-@pytest.mark.parametrize("part", ["training", "testing"])
+@pytest.mark.parametrize("part", [0, 1], ids=["training", "testing"])
 def test_support_and_query_of_a_task_share_no_sample(data, part):
-    family = getattr(families(data), part)
+    family = families(data)[part]
     task = tasks_of(family, 200)
     shape = 200, family.n_classes, family.n_each, 3
     support, query = (np.reshape(x.y > 0, shape).astype(int) for x in task)
@@ -163,7 +163,7 @@ def test_images_are_warped_in_training_alone(data):
 
 
 def test_the_loss_of_classes_is_the_cross_entropy(data):
-    family = families(data).testing
+    family = families(data)[1]
     query = tasks_of(family, 4).query
     y = jax.random.normal(KEY, (4, len(query.share[0]), 3))
     asked = np.asarray(query.share) > 0
@@ -180,17 +180,14 @@ def test_the_loss_of_classes_is_the_cross_entropy(data):
 
 
 @functools.cache
-def begun(data_file):
+def of_classes(data_file):
     """Run that begins to learn the classes of a file on ideal devices."""
-    cfg, devices = configured(**FEW, device="perf", tasks=data_file, drive=1.0)
-    data = train.data_of(cfg)
-    _, state = started(cfg, devices, train.families_of(cfg, data).training)
-    return train.Run(cfg, devices, data, state)
+    return begun(*configured(**FEW, device="perf", tasks=data_file, drive=1.0))
 
 
 def test_exchangeable_outputs_start_alike_and_differ_on_a_chip(data):
-    run = begun("few.npz")
-    family, meta = train.families_of(run.cfg, run.data).testing, run.state.meta
+    run = of_classes("few.npz")
+    family, meta = run.families.testing, run.state.meta
     assert meta.g.hidden[0].shape == (2, 3 * 17, 7)  # 16 inputs and the bias, 3 rows each
     assert meta.g.readout.shape == (2, 6, 1) and meta.log_theta.shape == (2, 6, 1)
     meta = train.project(meta, *train.common_range([analog.PCM]))
@@ -210,9 +207,9 @@ def test_the_shipped_classes_suit_the_preset():
     """All have 20 samples; those of the test are no classes of the training."""
     flags = train.PRESETS["few_shot"] | {"tasks": str(ROOT / "tests" / "omniglot_small.npz")}
     cfg, _ = train.configure(flags)
-    data = train.data_of(cfg)
+    data = train.load_data(cfg.tasks)
     assert not np.intersect1d(data.y[data.test], data.y[~data.test]).size
-    for family, n_each in zip(train.families_of(cfg, data), (8, 20), strict=True):
+    for family, n_each in zip(train.families_of(cfg)[:2], (8, 20), strict=True):
         assert np.all(family.n_members == 20) and len(family.n_members) > 50
         assert (family.n_in, family.n_out, family.shots, family.n_each) == (196, 5, 5, n_each)
 
@@ -253,8 +250,7 @@ X = np.array([-4.0, -2.5, 0.3, 1.1, 4.9])
 @functools.cache
 def functions():
     """Run that begins to learn functions."""
-    cfg, devices = configured(device="ibm", tread=1000.0, grad_thr=0.02)
-    return train.Run(cfg, devices, None, started(cfg, devices)[1])
+    return begun(*configured(device="ibm", tread=1000.0, grad_thr=0.02))
 
 
 @functools.cache
@@ -341,14 +337,14 @@ CLASSES = np.array([0, 1, 2, 0, 1])
     ],
 )
 def test_samples_of_no_class_are_refused(data, x, y, words):
-    run = begun("few.npz")
+    run = of_classes("few.npz")
     with pytest.raises(train.Refused, match=words):
         train.learn(KEY, run, run.devices["perf"], x, y)
 
 
 def test_other_labels_are_learned_alike(data):
     """By another column of the readout each, on ideal devices."""
-    run = begun("few.npz")
+    run = of_classes("few.npz")
     x, y = data.x[data.test].copy(), data.y[data.test] - 16
     one, other = (
         train.learn(KEY, run, run.devices["perf"], x.reshape(-1, 4, 4), labels)
