@@ -417,6 +417,20 @@ def bars(groups, xlabel):
 
 
 @plain
+def spans(found, xlabel, ylabel):
+    """Figure of errors against what is known as a range, {label: ([low, typical, high],
+    summary)}."""
+    figure, axes = empty(4.2)
+    axes.set_prop_cycle(LINES)
+    for label, ((low, typical, high), error) in found.items():
+        half, span = error.get("ci95", 0), ([typical - low], [high - typical])
+        axes.errorbar(typical, error["mean"], half, span, ls="none", capsize=3, label=label)
+    axes.set(xscale="log", xlabel=xlabel, ylim=(0, None), ylabel=ylabel)
+    legend_above(axes, 2)
+    return figure
+
+
+@plain
 def histograms(samples, xlabel):
     """Figure of the distributions of positive samples, {label: values}, on a logarithmic
     axis."""

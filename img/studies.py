@@ -9,6 +9,7 @@ life      50 tasks in sequence on one chip, with four ways to keep its readout
 few_shot  errors after each look, and of regression on the same traces; --task_size 5 is 1-shot
 limits    what is left of the error on other devices; bounds of any rule
 updates   sizes of pulses against those of steps of Adam
+energy    several networks: devices, and energies at low, typical and high prices
 
 RUN is the folder of a run. All devices are those of the (first) run and the built-in ones of the
 same g_max, but for perf. To compare settings, train a network with each of them. Ages, devices and
@@ -31,6 +32,7 @@ import numpy as np  # noqa: E402
 import analog  # noqa: E402
 import network  # noqa: E402
 import train  # noqa: E402
+from img import energy as joules  # noqa: E402
 from img import figures  # noqa: E402
 
 RESTS = 10.0, 3600.0, train.DAY, 1e6, 1e7  # s, from the last pulse of an adaptation
@@ -482,9 +484,79 @@ def updates(n, run):
     return numbers, figures.histograms(drawn, "|ΔW| of a synapse in one step")
 
 
+# ---- energy --------------------------------------------------------------------------------------
+
+
+def programming(key, meta, cfg, family, device):
+    """Counts of programming one new chip."""
+
+    def make(key, device, target):
+        blank_key, program_key = jax.random.split(key)
+        new = analog.blank(blank_key, device, target.shape)
+        return analog.program(program_key, device, new, target)
+
+    done = network.each(make, key, device, train.targets_of(meta, family))
+    crossbars = *done.hidden, done.readout
+    return {
+        "SET pulses": sum(jnp.sum(x.pulses) for x in crossbars),
+        "RESET pulses": sum(jnp.sum(x.resets) for x in crossbars),
+        "verify reads": sum(jnp.sum(x.reads) for x in crossbars),
+    }
+
+
+def chip_of(run, measured):
+    """joules.Chip of a run of which a meta-test has measured arrays [n, ...]."""
+    family = train.families_of(run.cfg, run.data).testing
+    rates, pulses = (np.mean(measured[name], 0).tolist() for name in ("rates", "pulses"))
+    n_rows = train.rows_of(run.cfg, family)
+    return joules.chip_of(run.cfg, family.n_in, family.n_out, n_rows, rates, pulses)
+
+
+def at_prices(bill, item="total"):
+    """Energy (nJ) of an item of a bill at all prices."""
+    return [bill["nJ"][level][item] for level in joules.LEVELS]
+
+
+def show_bills(label, found):
+    """Print a joules.report: its bills, their ratios to those of joules.OLD, and the items of its
+    adaptation."""
+
+    def row(name, values):
+        print(f"  {name:<60}" + "".join(f"{x:11.4g}" for x in values), flush=True)
+
+    print(f"{label}: {sum(found['devices'].values())} devices; nJ at low, typical, high prices")
+    old = joules.report(joules.OLD)["bills"]
+    for name, bill in found["bills"].items():
+        row(name, at_prices(bill))
+        if name in old:
+            row("  over that of the first", np.divide(at_prices(bill), at_prices(old[name])))
+    spent = found["bills"]["adaptation"]
+    for item in spent["counts"]:
+        row(f"  of an adaptation: {item}", at_prices(spent, item))
+
+
+def energy(n, *runs):
+    """Several networks: devices, and energies at low, typical and high prices."""
+    found, drawn = {joules.OLD_NAME: joules.report(joules.OLD)}, {}
+    for k, run in enumerate(runs):
+        measured = tested(train.reported, n, run).measured
+        chip, error = chip_of(run, measured), train.summary(error_of(measured)[:, -1])
+        made = {item: float(x[0]) for item, x in tested(programming, 1, run).items()}
+        of = joules.report(chip)
+        of["bills"]["programming, once"] = joules.bill(made)
+        label = f"network {k}: {chip.n_h0}-{chip.n_h1}, looks: {chip.n_inner}"
+        found[label] = {"error": error, "chip": chip._asdict(), **of}
+        if unit(run) == unit(runs[0]):  # another has no place on the axis
+            drawn[label] = at_prices(of["bills"]["adaptation"]), error
+    for label, of in found.items():
+        show_bills(label, of)
+    x = "energy of an adaptation (nJ) at typical prices; bars: from low to high ones"
+    return found, figures.spans(drawn, x, unit(runs[0]))
+
+
 # ---- command line --------------------------------------------------------------------------------
 
-STUDIES = {x.__name__: x for x in (compare, chips, drift, life, limits, few_shot, updates)}
+STUDIES = {x.__name__: x for x in (compare, chips, drift, life, limits, few_shot, updates, energy)}
 
 
 def parse(argv):
@@ -501,7 +573,7 @@ def parse(argv):
     text = "support samples of a task (default: as in training)"
     parser.add_argument("--task_size", type=int, help=text)
     given = parser.parse_args(argv)
-    if len(given.runs) > 1 and given.study != "compare":
+    if len(given.runs) > 1 and given.study not in ("compare", "energy"):
         raise train.Refused(f"{given.study} takes one run folder")
     if given.n < 1:
         raise train.Refused("--n must be at least 1")
