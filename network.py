@@ -32,8 +32,7 @@ import analog
 
 # ---- constants -----------------------------------------------------------------------------------
 
-N_STEPS = 100  # time steps T of one presentation
-DT = 1e-3  # s, one step
+DT = 1e-3  # s, one time step
 THRESHOLD = 1.0  # of a membrane
 X_RANGE = (-5.0, 5.0)  # span of the input converter
 BIAS = 2.0  # the constant that drives the bias of layer 0
@@ -68,12 +67,13 @@ class Activity(NamedTuple):
 
 
 class Dynamics(NamedTuple):
-    """Constants of neurons and traces."""
+    """Constants of neurons, traces and presentations."""
 
     drive: float  # what a weight of 1 adds to a membrane of layer 0 under an input of 1
     layers: tuple  # of Lif
     kappa: float  # factor by which a trace decays in one time step
     gain: float  # what one spike adds to its trace
+    n_steps: int  # time steps T of a presentation
 
 
 # ---- neurons -------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def present(dynamics, hidden, u):
     layers = tuple(at_rest((len(u), w.shape[1])) for w in hidden)
     rest = Activity(layers, jnp.zeros_like(layers[-1].z))
     unroll = 1 if jax.default_backend() == "cpu" else 10
-    return jax.lax.scan(both, rest, length=N_STEPS, unroll=unroll)[1]
+    return jax.lax.scan(both, rest, length=dynamics.n_steps, unroll=unroll)[1]
 
 
 def rates(activity):

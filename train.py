@@ -122,6 +122,7 @@ class Config:
     n_h1: int = setting(128, "neurons of layer 1", 1)
     dac_bits: int = setting(6, "bits of the input converter, 1 to 12", 1, 12)
     drive: float = setting(0.2, "what a weight of 1 adds to a membrane under an input of 1", 1e-6)
+    n_steps: int = setting(100, "time steps T of a presentation, 1 ms each", 1)
     tau_mem: float = setting(0.03, "time constant of the membranes, s", 1e-4)
     tau_out: float = setting(0.1, "time constant of the traces, s", 1e-4)
     gain_out: float = setting(0.03, "what one spike adds to its trace", 1e-6)
@@ -529,7 +530,7 @@ def dynamics_of(cfg):
     lif = network.Lif(math.exp(-network.DT / cfg.tau_mem))
     kappa = math.exp(-network.DT / cfg.tau_out)
     layers = (lif,) * len(sizes_of(cfg))
-    return network.Dynamics(cfg.drive, layers, kappa, cfg.gain_out)
+    return network.Dynamics(cfg.drive, layers, kappa, cfg.gain_out, cfg.n_steps)
 
 
 class Seen(NamedTuple):
@@ -652,12 +653,12 @@ def rate_penalty(cfg, rates):
     return sum(of_layer(x) for x in rates)
 
 
-def activity_of(rates):
+def activity_of(cfg, rates):
     """What is reported of the rates (Hz) of the neurons of each layer."""
     return {
         "rates": jnp.stack([jnp.mean(x) for x in rates]),
         "silent": jnp.stack([100 * jnp.mean(x == 0) for x in rates]),
-        "spikes": sum(jnp.sum(x) for x in rates) * network.N_STEPS * network.DT,
+        "spikes": sum(jnp.sum(x) for x in rates) * cfg.n_steps * network.DT,
     }
 
 
@@ -686,7 +687,7 @@ def meta_loss(key, meta, cfg, family, kind, n_tasks):
         "loss": loss,
         **jax.tree.map(jnp.mean, jax.vmap(family.measures)(y, tasks.query)),
         "pulses": jnp.sum(pulses) / n_tasks,
-        **activity_of(seen.rates),
+        **activity_of(cfg, seen.rates),
     }
     return loss + cfg.lambda_fr * rate_penalty(cfg, seen.rates), measured
 
@@ -837,7 +838,7 @@ def learn_and_test(key, meta, cfg, family, device, chip, u, task):
         **{f"{name}_day": x for name, x in of_a_day_later},
         "pulses": jnp.sum(pulses),
         **changes(device, chip.readout.xbar, used.readout.xbar),
-        **activity_of(seen.rates),
+        **activity_of(cfg, seen.rates),
     }
     return Episode(measured, task, u, y[jnp.array([0, -1])], used)
 
@@ -1381,7 +1382,7 @@ def complete(cfg, devices):
 
 def soonest_pulse(cfg):
     """The time (s) at which the samples of a task have been shown."""
-    return cfg.tread + cfg.task_size * network.N_STEPS * network.DT
+    return cfg.tread + cfg.task_size * cfg.n_steps * network.DT
 
 
 def check_times(cfg, t_verify):

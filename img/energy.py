@@ -1,6 +1,6 @@
 """Energy and area of a chip, counted from what the simulation does and measures.
 
-A presentation shows one input for N_STEPS time steps, and a query is one. An adaptation is
+A presentation shows one input for n_steps time steps, and a query is one. An adaptation is
 n_inner looks at task_size of them, their gradients and the pulses. Counted are
 
     reads of layer 0       all its devices, once where a sample-and-hold keeps the input's current
@@ -47,20 +47,21 @@ class Chip(NamedTuple):
     n_bits: int  # of an update, 2^(n_bits − 1) − 1 thresholds
     rates: tuple  # Hz, mean over the neurons of each layer
     pulses: float  # SET pulses of an adaptation
+    n_steps: int  # time steps of a presentation
+    is_held: bool = True  # whether one read of layer 0 serves all of them
     n_read: int = 1  # reads of the readout in a presentation
-    n_held: int = network.N_STEPS  # time steps that a read of layer 0 serves
 
 
 # A design of commit 10bc5ca, to compare with.
 OLD_NAME = "read at every step: 40-40, 4 looks, 291/342 Hz"
-OLD = Chip(1, 1, 16, 40, 40, 4, 20, 2, (291.0, 342.0), 72.0, n_read=network.N_STEPS)
+OLD = Chip(1, 1, 16, 40, 40, 4, 20, 2, (291.0, 342.0), 72.0, 100, n_read=100)
 
 
 def chip_of(cfg, n_in, n_out, n_rows, rates, pulses):
     """Chip of settings (train.Config), of what they leave to the tasks, and of what a meta-test
     has measured: mean rates (Hz) of both layers, pulses of an adaptation."""
     sizes = n_rows, cfg.n_h0, cfg.n_h1, cfg.n_inner, cfg.task_size, cfg.n_bits
-    return Chip(n_in, n_out, *sizes, tuple(rates), pulses)
+    return Chip(n_in, n_out, *sizes, tuple(rates), pulses, cfg.n_steps)
 
 
 def devices(chip):
@@ -74,11 +75,11 @@ def devices(chip):
 
 def presentation(chip):
     """Counts of one presentation."""
-    of, steps = devices(chip), network.N_STEPS
+    of, steps = devices(chip), chip.n_steps
     first, second = (rate * steps * network.DT for rate in chip.rates)  # spikes of a neuron
     rows = chip.n_h0 * first + steps  # of layer 1 that are driven, over the presentation
     return {
-        "reads of layer 0": of["layer 0"] * steps / chip.n_held,
+        "reads of layer 0": of["layer 0"] * (1 if chip.is_held else steps),
         "SynOps of layer 1": 2 * chip.n_h1 * rows,
         "reads of the readout": of["readout"] * chip.n_read,
         "ADC": chip.n_out * chip.n_read,
@@ -116,7 +117,7 @@ def bill(counts):
 
 def report(chip):
     """What results.json has of a chip: the devices of its crossbars, and bills by name."""
-    each_step = chip._replace(n_held=1)
+    each_step = chip._replace(is_held=False)
     counts = {
         "presentation": presentation(chip),
         "adaptation": adaptation(chip),

@@ -45,7 +45,7 @@ def draw(folder):
     spikes = [neurons.z[:, 0] for neurons in activity.layers]
     neuron = np.argmin(np.abs(spikes[-1].sum(0) - 5))  # one that fires now and then
     membrane = activity.layers[-1].v[:, 0, neuron]
-    t = 1e3 * network.DT * np.arange(1, network.N_STEPS + 1)
+    t = 1e3 * network.DT * np.arange(1, run.cfg.n_steps + 1)
     figure = figures.presentation(t, x, spikes, membrane, output, target)
     path = FOLDER / "network.png"
     train.write(path, figures.png(figure))

@@ -506,7 +506,7 @@ def programming(key, meta, cfg, family, device):
 
 def chip_of(run, measured):
     """joules.Chip of a run of which a meta-test has measured arrays [n, ...]."""
-    family = train.families_of(run.cfg, run.data).testing
+    family = run.families.testing
     rates, pulses = (np.mean(measured[name], 0).tolist() for name in ("rates", "pulses"))
     n_rows = train.rows_of(run.cfg, family)
     return joules.chip_of(run.cfg, family.n_in, family.n_out, n_rows, rates, pulses)

@@ -37,7 +37,7 @@ def output(dynamics, w, u):
         return (v, z, [dynamics.kappa * e[0] + dynamics.gain * z[-1]]), None
 
     rest = [jnp.zeros_like(layer[0]) for layer in w.hidden]
-    (_, _, (e,)), _ = jax.lax.scan(step, (rest, rest, rest[-1:]), length=network.N_STEPS)
+    (_, _, (e,)), _ = jax.lax.scan(step, (rest, rest, rest[-1:]), length=dynamics.n_steps)
     return e @ w.readout
 
 
@@ -73,12 +73,12 @@ def filtered(dynamics, spikes):
 def presentation(dynamics, hidden, u):
     """Spikes of each layer [T, neurons] and traces [T, H] for one input u [n_in]."""
     held = dynamics.drive * np.array(row_inputs(hidden[0], u))
-    signals = np.tile(held, (network.N_STEPS, 1))
+    signals = np.tile(held, (dynamics.n_steps, 1))
     layers = []
     for lif, w in zip(dynamics.layers, hidden, strict=True):
         spikes = np.array([neuron(lif, column, signals) for column in w.T]).T
         layers.append(spikes)
-        signals = np.concatenate([spikes, np.ones((network.N_STEPS, 1))], 1)
+        signals = np.concatenate([spikes, np.ones((dynamics.n_steps, 1))], 1)
     return layers, filtered(dynamics, spikes)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import configured, started
+from conftest import begun, configured
 
 import analog
 import network
@@ -29,16 +29,16 @@ def read(n, item, rows, columns):
             n[item] += 2
 
 
-def present(n, layers, n_held, n_read):
+def present(n, layers, chip):
     """Count what happens as layers of spikes [T, neurons] come about, step by step."""
     n_steps = len(layers[0])
     for step in range(n_steps):
-        if step % n_held == 0:
+        if step == 0 or not chip.is_held:
             read(n, "reads of layer 0", range((N_IN + 1) * N_ROWS), range(SIZES[0]))
         rows = [row for row in [*layers[0][step], 1.0] if row]  # those that are driven
         read(n, "SynOps of layer 1", rows, range(SIZES[1]))
         n["spikes"] += sum(np.count_nonzero(z[step]) for z in layers)
-        if step >= n_steps - n_read:  # the last, or all
+        if step >= n_steps - chip.n_read:  # the last, or all
             read(n, "reads of the readout", range(SIZES[1]), range(N_OUT))
             n["ADC"] += N_OUT
     n["DAC"] += N_IN
@@ -50,7 +50,7 @@ def adapt(n, layers, chip):
     shapes = ((N_IN + 1) * N_ROWS, SIZES[0]), (SIZES[0] + 1, SIZES[1]), (SIZES[1], N_OUT)
     for _ in range(chip.n_inner):
         for sample in range(chip.task_size):
-            present(n, [z[:, sample] for z in layers], chip.n_held, chip.n_read)
+            present(n, [z[:, sample] for z in layers], chip)
             n["delta rule"] += SIZES[1] * N_OUT
         for rows, columns in shapes:
             read(n, "sums of crossbars", range(rows), range(columns))
@@ -71,18 +71,18 @@ def shown():
         for key, shape in zip(keys[1:], shapes, strict=True)
     )
     lif = network.Lif(0.97)
-    activity = network.present(network.Dynamics(0.2, (lif, lif), 0.99, 0.03), hidden, u)
+    activity = network.present(network.Dynamics(0.2, (lif, lif), 0.99, 0.03, 100), hidden, u)
     rates = tuple(float(jnp.mean(x)) for x in network.rates(activity))
     assert min(rates) > 20 and max(rates) < 900
     return [np.asarray(neurons.z) for neurons in activity.layers], rates
 
 
-@pytest.mark.parametrize("n_held, n_read", [(100, 1), (1, 1), (25, 100)])
-def test_an_adaptation_is_counted_as_in_a_plain_loop(shown, n_held, n_read):
+@pytest.mark.parametrize("is_held, n_read", [(True, 1), (False, 1), (True, 100)])
+def test_an_adaptation_is_counted_as_in_a_plain_loop(shown, is_held, n_read):
     """To the rounding of a mean in single precision."""
     layers, rates = shown
     sizes = N_IN, N_OUT, N_ROWS, *SIZES
-    chip = energy.Chip(*sizes, 2, 5, 3, rates, 7.0, n_read, n_held)
+    chip = energy.Chip(*sizes, 2, 5, 3, rates, 7.0, 100, is_held, n_read)
     n = Counter()
     adapt(n, layers, chip)
     assert energy.adaptation(chip) == pytest.approx(dict(n), rel=1e-6)
@@ -90,10 +90,10 @@ def test_an_adaptation_is_counted_as_in_a_plain_loop(shown, n_held, n_read):
 
 def test_a_presentation_is_counted_as_in_a_plain_loop(shown):
     layers, rates = shown
-    chip = energy.Chip(N_IN, N_OUT, N_ROWS, *SIZES, 2, 5, 3, rates, 7.0)
+    chip = energy.Chip(N_IN, N_OUT, N_ROWS, *SIZES, 2, 5, 3, rates, 7.0, 100)
     n = Counter()
     for sample in range(5):
-        present(n, [z[:, sample] for z in layers], network.N_STEPS, 1)
+        present(n, [z[:, sample] for z in layers], chip)
     mean = {item: x / 5 for item, x in n.items()}
     assert energy.presentation(chip) == pytest.approx(mean, rel=1e-6)
 
@@ -104,8 +104,7 @@ def test_a_presentation_is_counted_as_in_a_plain_loop(shown):
 @pytest.fixture(scope="module")
 def run():
     """A run of a small network that was not trained."""
-    cfg, devices = configured(device="perf", n_bits=4)
-    return train.Run(cfg, devices, None, started(cfg, devices)[1])
+    return begun(*configured(device="perf", n_bits=4))
 
 
 def n_devices(run):

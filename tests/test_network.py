@@ -36,7 +36,7 @@ def case(shape):
     first += 0.3 * jax.random.normal(KEY, first.shape)  # no two rows of an input are alike
     readout = jax.random.normal(KEY, (sizes[-1], n_out))
     u = jax.random.uniform(KEY, (9, n_in), minval=-5.0, maxval=5.0)
-    return network.Dynamics(0.4, layers, 0.6, 0.7), network.Network((first, *later), readout), u
+    return network.Dynamics(0.4, layers, 0.6, 0.7, 100), network.Network((first, *later), readout), u
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -75,7 +75,7 @@ def spiking(cfg):
     g = network.start(KEY, analog.PCM, train.sizes_of(cfg), 1, 1, cfg.n_rows)
     hidden = tuple(1.7 * analog.weights(analog.PCM, g) + 0.05 for g in g.hidden)
     u = network.level_centres(cfg.dac_bits)[:, None]
-    e = jax.jit(network.present)(train.dynamics_of(cfg), hidden, u).e[-1]
+    e = jax.jit(network.present, static_argnums=0)(train.dynamics_of(cfg), hidden, u).e[-1]
     x = jax.random.uniform(KEY, (9,), minval=-6.0, maxval=6.0)  # some beyond the converter
     return hidden, e, x, jnp.stack([3 * jnp.sin(x), x], 1)
 
@@ -792,7 +792,7 @@ def test_episodes_of_two_inputs_and_outputs_equal_a_plain_loop():
 def test_activity_is_counted():
     """Mean rates, neurons that are silent, and the spikes of a presentation of 0.1 s."""
     rates = np.array([0.0, 10.0, 50.0, 0.0]), np.array([30.0, 90.0])
-    found = train.activity_of(rates)
+    found = train.activity_of(configured()[0], rates)
     np.testing.assert_allclose(found["rates"], [15.0, 60.0], rtol=1e-6)
     np.testing.assert_allclose(found["silent"], [50.0, 0.0], rtol=1e-6)  # %
     np.testing.assert_allclose(found["spikes"], 18.0, rtol=1e-6)
