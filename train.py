@@ -122,10 +122,10 @@ class Config:
     n_h1: int = setting(128, "neurons of layer 1", 1)
     dac_bits: int = setting(6, "bits of the input converter, 1 to 12", 1, 12)
     drive: float = setting(0.2, "what a weight of 1 adds to a membrane under an input of 1", 1e-6)
-    n_steps: int = setting(100, "time steps T of a presentation, 1 ms each", 1)
+    n_steps: int = setting(50, "time steps T of a presentation, 1 ms each", 1)
     tau_mem: float = setting(0.03, "time constant of the membranes, s", 1e-4)
     tau_out: float = setting(0.1, "time constant of the traces, s", 1e-4)
-    gain_out: float = setting(0.03, "what one spike adds to its trace", 1e-6)
+    gain_out: float = setting(0.06, "what one spike adds to its trace", 1e-6)
     compensate: bool = setting(
         True, "drift compensation of the hidden crossbars, and of the readout at the query"
     )
@@ -168,7 +168,7 @@ class Config:
 # Settings that belong together; a flag given beside --preset wins.
 PRESETS = {
     # the classic single step
-    "one_look": {"device": "pcm", "n_inner": 1, "gain_out": 0.06, "n_iter": 1500},
+    "one_look": {"device": "pcm", "n_inner": 1, "gain_out": 0.12, "n_iter": 1500},
     # the least error of ten minutes on one core
     "wide": {"n_inner": 12, "dac_bits": 7, "n_iter": 3000, "lr_drop": 700},
     # few-shot classification of the samples of a file
@@ -177,7 +177,7 @@ PRESETS = {
         "n_inner": 4,
         "n_h0": 128,
         "drive": 0.4,
-        "gain_out": 0.01,
+        "gain_out": 0.02,
         "grad_thr": 0.05,
         "n_iter": 4000,
         "lr_drop": 2000,

@@ -204,7 +204,7 @@ def test_a_preset_that_disagrees_is_refused_at_resume(quick):
     assert call("--preset", "one_look")[0] == 0
     assert call("--preset", "one_look", "--resume", "--n_iter", "8")[0] == 0
     cfg = train.load("run/1").cfg
-    assert (cfg.n_iter, cfg.n_inner, cfg.gain_out) == (8, 2, 0.06)  # flags win
+    assert (cfg.n_iter, cfg.n_inner, cfg.gain_out) == (8, 2, 0.12)  # flags win
     assert call("--n_iter", "2", "--run_dir", "mine")[0] == 0
     status, _, err = call("--preset", "one_look", "--run_dir", "mine", "--resume")
     assert status == 2 and err.count("\n") == 1 and "other devices" in err
@@ -432,10 +432,10 @@ BAD = [
     "--tau_out -1",
     "--tau_out nan",
     "--off_noise -0.1",
-    "--tprog 100.2",
+    "--tprog 100.1",
     "--tprog 99",
     "--twait 0.5",
-    "--tlook 1.2",
+    "--tlook 1.1",
     "--max_rest 5",
     "--ttest 101",
     "--max_age 9",
@@ -500,16 +500,16 @@ def test_any_command_line_is_taken_or_refused_in_one_line(flags):
 
 
 def test_times_are_as_soon_as_the_samples_allow():
-    """A presentation takes 0.1 s, and a read after the pulses t_verify, 1 s."""
+    """A presentation takes 0.05 s, and a read after the pulses t_verify, 1 s."""
     cfg, _ = train.configure({"n_inner": 8})
-    assert (cfg.tprog, cfg.tlook, cfg.ttest) == (102.0, 20.0, 252.0)
-    cfg, _ = train.configure({"task_size": 300, "n_inner": 2})
+    assert (cfg.tprog, cfg.tlook, cfg.ttest) == (101.0, 20.0, 251.0)
+    cfg, _ = train.configure({"task_size": 600, "n_inner": 2})
     assert (cfg.tprog, cfg.tlook, cfg.ttest) == (130.0, 31.0, 171.0)
     cfg, _ = train.configure({"tread": 1000.0, "n_inner": 1, "twait": 50.0})
-    assert (cfg.tprog, cfg.ttest) == (1002.0, 1052.0)
+    assert (cfg.tprog, cfg.ttest) == (1001.0, 1051.0)
 
 
-@pytest.mark.parametrize("flag, shortest", [("tprog", 102.0), ("tlook", 3.0), ("ttest", 243.0)])
+@pytest.mark.parametrize("flag, shortest", [("tprog", 101.0), ("tlook", 2.0), ("ttest", 242.0)])
 def test_what_is_too_early_is_refused_with_the_earliest(flag, shortest):
     with pytest.raises(train.Refused, match=f"--{flag} must be {shortest} s or more"):
         train.configure({"n_inner": 8, flag: shortest - 0.125})
@@ -522,7 +522,7 @@ def test_verifying_slowly_takes_its_time(here):
     constants = analog.describe("slow", analog.PCM) | {"t_verify": 30.0}
     (here / "slow.json").write_text(json.dumps(constants))
     cfg, _ = train.configure({"device": "pcm,slow.json", "n_inner": 2, "twait": 30.0})
-    assert (cfg.device, cfg.tlook, cfg.ttest) == ("pcm,slow", 32.0, 164.0)
+    assert (cfg.device, cfg.tlook, cfg.ttest) == ("pcm,slow", 31.0, 162.0)
     with pytest.raises(train.Refused, match="--twait must be t_verify, 30.0 s, or more"):
         train.configure({"device": "pcm,slow.json", "twait": 29.0})
 

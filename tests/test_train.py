@@ -222,7 +222,7 @@ def test_times_of_an_adaptation():
     cfg, _ = configured(n_inner=3, tlook=20.0, tread=1000.0)
     times = train.times_of(cfg)
     np.testing.assert_array_equal(times.reads, [0.0, 20.0, 40.0])
-    np.testing.assert_allclose(times.pulses, [0.5, 20.5, 40.5], rtol=1e-5)  # 5 samples shown
+    np.testing.assert_allclose(times.pulses, [0.25, 20.25, 40.25], rtol=1e-5)  # 5 samples shown
 
 
 class Met(NamedTuple):
@@ -790,12 +790,12 @@ def test_episodes_of_two_inputs_and_outputs_equal_a_plain_loop():
 
 
 def test_activity_is_counted():
-    """Mean rates, neurons that are silent, and the spikes of a presentation of 0.1 s."""
+    """Mean rates, neurons that are silent, and the spikes of a presentation of 0.05 s."""
     rates = np.array([0.0, 10.0, 50.0, 0.0]), np.array([30.0, 90.0])
     found = train.activity_of(configured()[0], rates)
     np.testing.assert_allclose(found["rates"], [15.0, 60.0], rtol=1e-6)
     np.testing.assert_allclose(found["silent"], [50.0, 0.0], rtol=1e-6)  # %
-    np.testing.assert_allclose(found["spikes"], 18.0, rtol=1e-6)
+    np.testing.assert_allclose(found["spikes"], 9.0, rtol=1e-6)
 
 
 # ---- units ---------------------------------------------------------------------------------------
