@@ -22,6 +22,8 @@ crossbars is simulated once for a pool of inputs, and tasks look theirs up. To d
 work, run this file.
 """
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,11 +54,33 @@ class Network(NamedTuple):
     readout: Any  # [2, neurons of the last layer, outputs]
 
 
+def same(x):
+    """x itself."""
+    return x
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Circuit:
+    """What the circuits around the devices of a chip do, functions; by default, nothing."""
+
+    # (device, g): conductances g [2, rows, cols] in µS, as a read sees them
+    read: Callable = lambda device, g: g
+    # (key, n): the gains [n] of the columns of a new crossbar, those of the membranes' drives
+    gains: Callable = lambda key, n: jnp.ones(n)
+    # (k, x): x [L, cols], what crossbar k, 0 the first, adds to membranes; of the last, the outputs
+    current: Callable = lambda k, x: x
+    traces: Callable = same  # of traces [L, H] at the end of a presentation
+    gradient: Callable = same  # of a look's gradient [H, n_out]
+
+
 class Tile(NamedTuple):
-    """A crossbar and what its drift is compensated by. A chip is a Network of tiles."""
+    """A crossbar and what is around it. A chip is a Network of tiles."""
 
     xbar: analog.Crossbar
-    reference: jax.Array  # µS, Σ G when it was written
+    reference: jax.Array  # µS, Σ G when it was written, by which its drift is compensated
+    gain: jax.Array  # [cols], of each column
+    circuit: Circuit
 
 
 class Activity(NamedTuple):
@@ -74,6 +98,7 @@ class Dynamics(NamedTuple):
     kappa: float  # factor by which a trace decays in one time step
     gain: float  # what one spike adds to its trace
     n_steps: int  # time steps T of a presentation
+    circuit: Circuit = Circuit()
 
 
 # ---- neurons -------------------------------------------------------------------------------------
@@ -154,6 +179,7 @@ def step(dynamics, held, later, activity):
     layers = [lif_step(first_lif, first, held)]
     for lif, neurons, w in zip(lifs, others, later, strict=True):
         current = layers[-1].z @ w[:-1] + w[-1]  # [L, neurons]
+        current = dynamics.circuit.current(len(layers), current)
         layers.append(lif_step(lif, neurons, current))
     e = dynamics.kappa * activity.e + dynamics.gain * layers[-1].z
     return Activity(tuple(layers), e)
@@ -164,7 +190,7 @@ def present(dynamics, hidden, u):
     neurons], as each of the inputs u [L, n_in] is held for a presentation. On an accelerator ten
     time steps are unrolled, as each is short there."""
     first, *later = hidden
-    held = held_current(dynamics.drive, first, u)
+    held = dynamics.circuit.current(0, held_current(dynamics.drive, first, u))
 
     def both(activity, _):
         activity = step(dynamics, held, later, activity)
@@ -200,12 +226,14 @@ def each(f, key, device, network, *rest):
     return Network(hidden, f(readout_key, device, network.readout, *rest))
 
 
-def assemble(key, device, make, g):
-    """Chip of the conductances g (µS), a Network of [2, rows, cols]; make(key, device, g) makes a
-    crossbar."""
+def assemble(key, device, make, g, circuit):
+    """Chip of the conductances g (µS), a Network of [2, rows, cols], and of a Circuit; make(key,
+    device, g) makes a crossbar."""
 
     def tile(key, device, target):
-        return Tile(make(key, device, target), total(device, target))
+        make_key, gain_key = jax.random.split(key)
+        gain = circuit.gains(gain_key, target.shape[2])
+        return Tile(make(make_key, device, target), total(device, target), gain, circuit)
 
     return each(tile, key, device, g)
 
@@ -221,19 +249,24 @@ def later(chip, seconds):
     return Network(hidden, move(chip.readout))
 
 
+def measure(key, device, tile, t):
+    """Conductances [2, rows, cols] in µS of a tile from one read at time t (s), not clipped."""
+    return tile.circuit.read(device, analog.measure(key, device, tile.xbar, t))
+
+
 def read(key, device, tile, t, compensate):
     """Weights [rows, cols] of a tile from one read at time t (s), scaled back by its reference if
     compensate."""
-    g = analog.measure(key, device, tile.xbar, t)
-    w = analog.weights(device, analog.convert(device, g))
+    g = measure(key, device, tile, t)
+    w = tile.gain * analog.weights(device, analog.convert(device, g))
     if not compensate:
         return w
     return w * (tile.reference / total(device, g))
 
 
-def refer(key, device, xbar, t):
-    """Tile of a crossbar that was pulsed, its reference a read at time t (s)."""
-    return Tile(xbar, total(device, analog.measure(key, device, xbar, t)))
+def refer(key, device, tile, t):
+    """The tile after its crossbar was pulsed, its reference a read at time t (s)."""
+    return tile._replace(reference=total(device, measure(key, device, tile, t)))
 
 
 def start(key, device, sizes, n_in, n_out, n_rows):

@@ -97,6 +97,7 @@ class Config:
         "sinusoids, lines, or an .npz file of samples x [N, …] of classes y [N] to tell apart",
     )
     rule: str = setting("comparators", "how a gradient becomes pulses, one of RULES")
+    circuit: str = setting("ideal", "what circuits around the devices do, one of CIRCUITS")
     n_inner: int = setting(8, "looks: times that a new task is read and pulsed", 1)
     n_bits: int = setting(
         2, "bits of an update, 2 to 8: at most 2^(bits−1) − 1 pulses per synapse and look", 2, 8
@@ -443,10 +444,9 @@ def draw_tasks(key, family, u, n):
 # ---- a look --------------------------------------------------------------------------------------
 
 
-def delta_rule(e, w, samples):
-    """Gradient [H, n_out] of the samples' squared error by the weights w [H, n_out], of traces
-    e [L, H]."""
-    y = e @ w  # [L, n_out]
+def delta_rule(e, y, samples):
+    """Gradient [H, n_out] of the samples' squared error by the readout's weights, at the outputs
+    y [L, n_out] of traces e [L, H]."""
     return 2 * e.T @ (samples.share[:, None] * y - samples.y)
 
 
@@ -467,6 +467,19 @@ def comparators(key, cfg, gradient, theta):
 
 # Functions of (key, cfg, gradient, theta), to pulses [2, H, n_out].
 RULES = {"comparators": comparators}
+
+# What circuits around the devices do.
+CIRCUITS = {"ideal": network.Circuit()}
+
+
+def circuit_of(cfg):
+    """The network.Circuit of the settings."""
+    return CIRCUITS[cfg.circuit]
+
+
+def outputs(cfg, e, w):
+    """Outputs [..., L, n_out] of traces e [L, H] through weights w [..., H, n_out] of a readout."""
+    return circuit_of(cfg).current(len(sizes_of(cfg)), e @ w)
 
 
 # ---- inner loop: a chip adapts to a task ---------------------------------------------------------
@@ -530,7 +543,8 @@ def dynamics_of(cfg):
     lif = network.Lif(math.exp(-network.DT / cfg.tau_mem))
     kappa = math.exp(-network.DT / cfg.tau_out)
     layers = (lif,) * len(sizes_of(cfg))
-    return network.Dynamics(cfg.drive, layers, kappa, cfg.gain_out, cfg.n_steps)
+    shared = kappa, cfg.gain_out, cfg.n_steps, circuit_of(cfg)
+    return network.Dynamics(cfg.drive, layers, *shared)
 
 
 class Seen(NamedTuple):
@@ -544,22 +558,23 @@ def observe(key, cfg, device, chip, u, t):
     """Seen of a chip that is read at time t (s), under the inputs u [L, n_in]."""
     w = network.each(network.read, key, device, chip, t, cfg.compensate)
     activity = network.present(dynamics_of(cfg), w.hidden, u)
-    return Seen(activity.e[-1], network.rates(activity))
+    return Seen(circuit_of(cfg).traces(activity.e[-1]), network.rates(activity))
 
 
 def look(key, cfg, device, readout, e, support, log_theta, read_at, pulse_at):
-    """The readout, a crossbar, after one look at traces e [L, H], read and pulsed at these times
-    (s); and the pulses [2, H, n_out]. The readout is read without drift compensation."""
+    """The readout, a tile, after one look at traces e [L, H], read and pulsed at these times (s);
+    and the pulses [2, H, n_out]. The readout is read without drift compensation."""
     read_key, rule_key, pulse_key = jax.random.split(key, 3)
-    w = analog.weights(device, analog.read(read_key, device, readout, read_at))
-    gradient = delta_rule(e, w, support)
+    w = network.read(read_key, device, readout, read_at, False)
+    gradient = circuit_of(cfg).gradient(delta_rule(e, outputs(cfg, e, w), support))
     counts = RULES[cfg.rule](rule_key, cfg, gradient, jnp.exp(log_theta))
-    return analog.fire(pulse_key, device, readout, counts, max_pulses(cfg), pulse_at)
+    fired = analog.fire(pulse_key, device, readout.xbar, counts, max_pulses(cfg), pulse_at)
+    return readout._replace(xbar=fired[0]), fired[1]
 
 
 def adapt(key, meta, cfg, device, readout, e, support, times):
-    """The readout, a crossbar, after each look [n_inner, ...], and the pulses [n_inner, 2, H,
-    n_out], as it learns a task from traces e [n_inner, L, H]."""
+    """The readout, a tile, after each look [n_inner, ...], and the pulses [n_inner, 2, H, n_out],
+    as it learns a task from traces e [n_inner, L, H]."""
 
     def one(readout, inputs):
         key, e, *rest = inputs
@@ -584,18 +599,18 @@ def adapt_chip(key, meta, cfg, device, chip, u, supports, times, reads):
     keys = jax.random.split(adapt_key, len(supports.y2))
 
     def learn(key, support):
-        return adapt(key, meta, cfg, device, chip.readout.xbar, e, support, times)
+        return adapt(key, meta, cfg, device, chip.readout, e, support, times)
 
     return jax.vmap(learn)(keys, supports)
 
 
-def refer(key, device, xbars, times):
-    """Tiles of readouts xbars [n, ...] that were last pulsed at times [n] (s)."""
+def refer(key, device, readouts, times):
+    """Readouts, tiles [n, ...] that were last pulsed at times [n] (s), with their references."""
 
-    def one(key, xbar, t):
-        return network.refer(key, device, xbar, t + device.t_verify)
+    def one(key, readout, t):
+        return network.refer(key, device, readout, t + device.t_verify)
 
-    return jax.vmap(one)(jax.random.split(key, len(times)), xbars, times)
+    return jax.vmap(one)(jax.random.split(key, len(times)), readouts, times)
 
 
 def query_chip(key, cfg, device, chip, readouts, u, t):
@@ -668,20 +683,21 @@ def meta_loss(key, meta, cfg, family, kind, n_tasks):
     keys = iter(jax.random.split(key, 8))
     device, table = kind
     make = partial(analog.fabricate, table=table)
-    chip = network.assemble(next(keys), device, make, targets_of(meta, family))
+    targets = targets_of(meta, family)
+    chip = network.assemble(next(keys), device, make, targets, circuit_of(cfg))
     chip = network.later(chip, log_uniform(next(keys), cfg.tread, cfg.max_age))
     times, u = times_of(cfg), family.pool(next(keys))
     tasks = draw_tasks(next(keys), family, u, n_tasks)
     # One read of the hidden crossbars serves all looks, which halves the time of eight: their reads
     # differ in noise, and in the drift from one look to the next.
-    xbars, pulses = adapt_chip(
+    after, pulses = adapt_chip(
         next(keys), meta, cfg, device, chip, u, tasks.support, times, times.reads[:1]
     )
-    last = entry(xbars, (slice(None), -1))
+    last = entry(after, (slice(None), -1))
     readouts = refer(next(keys), device, last, jnp.repeat(times.pulses[-1], n_tasks))
     asked = times.pulses[-1] + log_uniform(next(keys), cfg.twait, cfg.max_rest)
     seen, w = query_chip(next(keys), cfg, device, chip, readouts, u, asked)
-    y = seen.e @ w  # [tasks, L, n_out]
+    y = outputs(cfg, seen.e, w)  # [tasks, L, n_out]
     loss = family.loss(y, tasks.query, meta.log_scale)
     measured = {
         "loss": loss,
@@ -764,12 +780,14 @@ def start(cfg, lot, family):
     columns = 1 if family.exchangeable else family.n_out
     g = network.start(next(keys), device, sizes, family.n_in, columns, rows_of(cfg, family))
     meta = project(Meta(g, None, jnp.zeros(())), lot.low, lot.high)
-    chip = network.assemble(next(keys), kind.device, analog.fabricate, targets_of(meta, family))
+    make, targets = analog.fabricate, targets_of(meta, family)
+    chip = network.assemble(next(keys), kind.device, make, targets, circuit_of(cfg))
     u = family.pool(next(keys))
     seen = observe(next(keys), cfg, kind.device, chip, u, cfg.tread)
     w = network.read(next(keys), kind.device, chip.readout, cfg.tread, cfg.compensate)
     tasks = draw_tasks(next(keys), family, u, 64)
-    gradients = jax.vmap(delta_rule, (None, None, 0))(seen.e, w, tasks.support)
+    y = outputs(cfg, seen.e, w)
+    gradients = jax.vmap(delta_rule, (None, None, 0))(seen.e, y, tasks.support)
     rms = jnp.sqrt(jnp.mean(gradients**2))
     shape = (1, 1) if cfg.shared_thr else (len(w), columns)
     theta = jnp.full((cfg.n_inner, *shape), cfg.grad_thr * jnp.maximum(rms, TINY))
@@ -792,11 +810,11 @@ class Episode(NamedTuple):
     chip: network.Network  # of tiles; its times count from the episode's first read
 
 
-def scene(key, meta, family, device, make=analog.deploy):
+def scene(key, meta, cfg, family, device, make=analog.deploy):
     """A new chip whose programming ended at its time 0, its crossbars made by make; a pool of
     inputs, a task, and a key."""
     chip_key, pool_key, task_key, key = jax.random.split(key, 4)
-    chip = network.assemble(chip_key, device, make, targets_of(meta, family))
+    chip = network.assemble(chip_key, device, make, targets_of(meta, family), circuit_of(cfg))
     u = family.pool(pool_key)
     return chip, u, family.task(task_key, u), key
 
@@ -806,8 +824,8 @@ def teach(adapt_key, refer_key, meta, cfg, device, chip, u, support):
     [n_inner, 2, H, n_out]."""
     times, supports = times_of(cfg), entry(support, None)
     found = adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
-    xbars, pulses = entry(found, 0)
-    return refer(refer_key, device, xbars, times.pulses), pulses
+    readouts, pulses = entry(found, 0)
+    return refer(refer_key, device, readouts, times.pulses), pulses
 
 
 def with_last(chip, readouts):
@@ -817,7 +835,7 @@ def with_last(chip, readouts):
 
 def episode(key, meta, cfg, family, device, make=analog.deploy):
     """Episode of a task that a new chip, its crossbars made by make, meets at tread."""
-    chip, u, task, key = scene(key, meta, family, device, make)
+    chip, u, task, key = scene(key, meta, cfg, family, device, make)
     chip = network.later(chip, cfg.tread)
     return learn_and_test(key, meta, cfg, family, device, chip, u, task)
 
@@ -831,7 +849,7 @@ def learn_and_test(key, meta, cfg, family, device, chip, u, task):
     seen, w = query_chip(ask_key, cfg, device, chip, readouts, u, asked)
     late, w_late = query_chip(day_key, cfg, device, chip, readouts, u, asked + DAY)
     used = with_last(chip, readouts)
-    y, y_late = seen.e @ w, late.e @ w_late[-1]
+    y, y_late = outputs(cfg, seen.e, w), outputs(cfg, late.e, w_late[-1])
     of_a_day_later = family.measures(y_late, task.query).items()
     measured = {
         **jax.vmap(family.measures, (0, None))(y, task.query),
@@ -891,7 +909,7 @@ def learn(key, run, device, x, y, chip=None, age=None):
     chip_key, adapt_key, refer_key = jax.random.split(key, 3)
     age, targets = cfg.tread if age is None else age, targets_of(meta, family)
     if chip is None:
-        chip = network.assemble(chip_key, device, analog.deploy, targets)
+        chip = network.assemble(chip_key, device, analog.deploy, targets, circuit_of(cfg))
     check_chip(chip, targets, device, age)
     chip = network.later(chip, age)
     support = samples_of(jnp.ones(len(u)), y)
@@ -905,7 +923,7 @@ def learn(key, run, device, x, y, chip=None, age=None):
         require(is_after, f"t must be {soonest:g} s or more, after the pulses")
         readouts = entry(chip.readout, None)
         seen, w = query_chip(key, cfg, device, chip, readouts, family.encode(x), t)
-        return seen.e @ w[0]
+        return outputs(cfg, seen.e, w[0])
 
     return Learned(chip, pulses, predict)
 
@@ -1403,6 +1421,8 @@ def check_devices(cfg, devices):
     g_max = {name: device.g_max for name, device in devices.items()}
     agree = len(set(g_max.values())) == 1
     require(cfg.rule in RULES, f"--rule must be one of {', '.join(RULES)}")
+    known = f"{', '.join(CIRCUITS)}; others are added by the program that trains with them"
+    require(cfg.circuit in CIRCUITS, f"--circuit {cfg.circuit} must be one of {known}")
     require(cfg.batch_train % n == 0, f"--batch_train must be a multiple of {n} devices")
     require(agree, f"--device: all must agree in g_max (µS), but have {g_max}")
     require(low < high, "--device: no conductance can be programmed on all of them")

@@ -18,7 +18,7 @@ SEED = 7  # of the chip and its task
 def present(cfg, family, device, meta):
     """Activity [T, 1, ...] and an output [T] of a new chip that has learned a task, under the
     query's input whose target is largest; that input [n_in] and target."""
-    chip, u, task, key = train.scene(jax.random.key(SEED), meta, family, device)
+    chip, u, task, key = train.scene(jax.random.key(SEED), meta, cfg, family, device)
     learn_key, read_key = jax.random.split(key)
     chip = network.later(chip, cfg.tread)
     keys = jax.random.split(learn_key)

@@ -66,7 +66,7 @@ def error_at(key, cfg, family, device, chip, u, query, t, compensate):
     see_key, read_key = jax.random.split(key)
     e = train.observe(see_key, cfg, device, chip, u, t).e
     w = network.read(read_key, device, chip.readout, t, compensate)
-    return error(family, e @ w, query)
+    return error(family, train.outputs(cfg, e, w), query)
 
 
 def writable(device, w):
@@ -128,7 +128,7 @@ def show(label, values):
 def restore(key, device, readout, target, t):
     """Programmed to its first target again."""
     done = analog.program(key, device, readout.xbar, target, t)
-    return network.Tile(done.xbar, network.total(device, target)), done
+    return readout._replace(xbar=done.xbar, reference=network.total(device, target)), done
 
 
 def reset(key, device, readout, target, t):
@@ -137,7 +137,7 @@ def reset(key, device, readout, target, t):
     erased = analog.reset(key, device, readout.xbar, none == 0, t)
     level = jnp.full(target.shape, device.reset_mean)
     done = analog.Programmed(erased, none, none + 1, none)
-    return network.Tile(erased, network.total(device, level)), done
+    return readout._replace(xbar=erased, reference=network.total(device, level)), done
 
 
 def refresh(key, device, readout, target, t):
@@ -161,7 +161,7 @@ POLICIES = {"nothing": nothing, "restore": restore, "reset": reset, "refresh": r
 def lives(key, meta, cfg, family, device, policy):
     """Errors [N_LIFE] of one chip, and the pulses and RESETs [N_LIFE, 2, H, n_out] of a
     task and of the policy that comes after it, ready for the next."""
-    chip, u, _, key = train.scene(key, meta, family, device)
+    chip, u, _, key = train.scene(key, meta, cfg, family, device)
     target = train.targets_of(meta, family).readout
 
     def meet(chip, key):
@@ -224,7 +224,7 @@ def life(n, run):
 def first_tasks(key, meta, cfg, family, device):
     """Errors, by label, of the same task that a chip meets first at the age tread, and a
     day after it, or at the age OLD."""
-    chip, u, task, key = train.scene(key, meta, family, device)
+    chip, u, task, key = train.scene(key, meta, cfg, family, device)
 
     def at(age):
         aged = network.later(chip, age)
@@ -243,13 +243,12 @@ def solve(e, samples, ridge, start):
     return jnp.linalg.solve(second + ridge * eye, e.T @ samples.y + ridge * start)
 
 
-def written(key, cfg, device, xbar, w):
+def written(key, cfg, device, readout, w):
     """Weights [H, n_out] as read at ttest from a readout whose programming to weights w ended
     with the last pulse of the meta-test."""
     write_key, read_key = jax.random.split(key)
     wanted, ended = writable(device, w), train.times_of(cfg).pulses[-1]
-    done = analog.program(write_key, device, xbar, wanted, ended)
-    tile = network.Tile(done.xbar, network.total(device, wanted))
+    tile, _ = restore(write_key, device, readout, wanted, ended)
     return network.read(read_key, device, tile, train.wait_of(cfg), cfg.compensate)
 
 
@@ -257,7 +256,7 @@ def regression(key, meta, cfg, family, device):
     """Errors of readouts of a chip that were found by regression on its traces as the
     first look has them, [RIDGES]: as computed, and as written to the chip and read; and of the best
     readout for all inputs."""
-    chip, u, task, key = train.scene(key, meta, family, device)
+    chip, u, task, key = train.scene(key, meta, cfg, family, device)
     look_key, read_key, ask_key, write_key = jax.random.split(key, 4)
     chip = network.later(chip, cfg.tread)
     seen = train.observe(look_key, cfg, device, chip, u, 0.0).e
@@ -266,7 +265,7 @@ def regression(key, meta, cfg, family, device):
 
     def fit(ridge):
         w = solve(seen, task.support, ridge, start)
-        on_chip = written(write_key, cfg, device, chip.readout.xbar, w)
+        on_chip = written(write_key, cfg, device, chip.readout, w)
         return {
             "ridge regression": error(family, asked @ w, task.query),
             "ridge, written": error(family, asked @ on_chip, task.query),
@@ -333,7 +332,7 @@ def kept(key, cfg, family, device, chip, u, query):
 def aged(key, meta, cfg, family, device):
     """Errors [RESTS] of one chip by what it did: it learned a task and rested; it was new
     and that old; it rested and was restored, which begins then, and learned a second task."""
-    chip, u, first, key = train.scene(key, meta, family, device)
+    chip, u, first, key = train.scene(key, meta, cfg, family, device)
     first_key, task_key, ask_key, keep_key, second_key = jax.random.split(key, 5)
     learned = partial(train.learn_and_test, first_key, meta, cfg, family, device)
     used = learned(network.later(chip, cfg.tread), u, first).chip
@@ -412,7 +411,7 @@ def limits(n, run):
 
 def nearest_mean(key, meta, cfg, family, device):
     """Error of the class whose mean sample in the support is nearest."""
-    _, u, task, _ = train.scene(key, meta, family, device)
+    _, u, task, _ = train.scene(key, meta, cfg, family, device)
     means = family.n_out * task.support.y.T @ u  # [n_way, n_in]
     distance = jnp.sum((u[:, None] - means) ** 2, 2)  # [L, n_way]
     return {"nearest mean of a class": error(family, -distance, task.query)}
@@ -453,7 +452,7 @@ def walk(w, gradient):
 def moves(key, meta, cfg, family, device):
     """|ΔW| of the looks of an adaptation [n_inner, H, n_out], 0 where no pulse was fired, and of
     100 steps of Adam on the same task [100, H, n_out]."""
-    chip, u, task, key = train.scene(key, meta, family, device)
+    chip, u, task, key = train.scene(key, meta, cfg, family, device)
     learn_key, see_key, read_key = jax.random.split(key, 3)
     chip = network.later(chip, cfg.tread)
     keys = jax.random.split(learn_key)
@@ -463,7 +462,7 @@ def moves(key, meta, cfg, family, device):
     fired = jnp.any(pulses > 0, 1)
     e = train.observe(see_key, cfg, device, chip, u, 0.0).e
     w = network.read(read_key, device, chip.readout, 0.0, False)
-    steps = walk(w, lambda w: train.delta_rule(e, w, task.support))
+    steps = walk(w, lambda w: train.delta_rule(e, e @ w, task.support))
     return {
         "meta-learned pulses": jnp.where(fired, jnp.abs(moved), 0.0),
         "Adam at 0.001": steps,

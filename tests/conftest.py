@@ -69,6 +69,12 @@ def begun(cfg, devices):
     return train.Run(cfg, devices, families, state)
 
 
+def tile_of(device, xbar, target):
+    """A tile of a crossbar that was programmed to target [2, rows, cols] in µS."""
+    gain = jnp.ones(target.shape[2])
+    return network.Tile(xbar, network.total(device, target), gain, network.Circuit())
+
+
 @pytest.fixture
 def x64():
     """Double precision for one test."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
-from conftest import TINY, begun, configured, write_classes
+from conftest import TINY, begun, configured, tile_of, write_classes
 
 import analog
 import network
@@ -174,7 +174,7 @@ def test_keeping_a_readout_keeps_its_mean_weight(policy):
     @jax.jit
     def last(key):
         xbar = analog.deploy(key, device, target)
-        start = network.Tile(xbar, network.total(device, target))
+        start = tile_of(device, xbar, target)
         times = 1000.0 * jnp.arange(1.0, 6.0)
         readout = jax.lax.scan(again, start, (jax.random.split(key, 5), times))[0]
         return network.read(key, device, readout, 5100.0, True)
@@ -189,7 +189,7 @@ def test_keeping_a_readout_keeps_its_mean_weight(policy):
 def test_a_reset_readout_is_at_its_lowest():
     device = analog.PCM
     xbar = analog.deploy(KEY, device, jnp.full((2, 50, 1), 6.0))
-    readout, done = studies.reset(KEY, device, network.Tile(xbar, 1.0), xbar.g, 100.0)
+    readout, done = studies.reset(KEY, device, tile_of(device, xbar, xbar.g), xbar.g, 100.0)
     assert readout.xbar.g.max() < 0.2 and done.resets.sum() == 100
     assert readout.reference == pytest.approx(100 * device.reset_mean)
 
@@ -264,7 +264,7 @@ def test_the_nearest_mean_is_that_of_a_plain_loop(here):
 
     @jax.jit
     def found(key):
-        _, u, task, _ = train.scene(key, meta, family, analog.PERF)
+        _, u, task, _ = train.scene(key, meta, cfg, family, analog.PERF)
         return u, task, studies.nearest_mean(key, meta, cfg, family, analog.PERF)
 
     u, (support, query), error = jax.device_get(found(KEY))

@@ -36,7 +36,8 @@ def case(shape):
     first += 0.3 * jax.random.normal(KEY, first.shape)  # no two rows of an input are alike
     readout = jax.random.normal(KEY, (sizes[-1], n_out))
     u = jax.random.uniform(KEY, (9, n_in), minval=-5.0, maxval=5.0)
-    return network.Dynamics(0.4, layers, 0.6, 0.7, 100), network.Network((first, *later), readout), u
+    dynamics = network.Dynamics(0.4, layers, 0.6, 0.7, 100)
+    return dynamics, network.Network((first, *later), readout), u
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -148,10 +149,13 @@ SHAPE = 2, 50, 40  # of every crossbar here
 CELLS = network.Network((ramp(2, 9, SHAPE), ramp(9, 2, SHAPE)), ramp(0.1, 7, SHAPE))
 
 
-@partial(jax.jit, static_argnames="make")
-def chip_of(device, g, make=analog.fabricate):
+IDEAL = network.Circuit()
+
+
+@partial(jax.jit, static_argnames=("make", "circuit"))
+def chip_of(device, g, make=analog.fabricate, circuit=IDEAL):
     """A chip of the conductances g."""
-    return network.assemble(KEY, device, make, g)
+    return network.assemble(KEY, device, make, g, circuit)
 
 
 @jax.jit
@@ -266,7 +270,7 @@ def test_a_pulsed_crossbar_refers_to_its_own_read():
     """All devices pulsed at once: later reads are scaled to what it was at its reference."""
     chip = chip_of(EQUAL, CELLS)
     pulsed, _ = fire(EQUAL, chip.hidden[0].xbar, jnp.ones(SHAPE), 500.0)
-    tile = network.refer(KEY, EQUAL, pulsed, 501.0)
+    tile = network.refer(KEY, EQUAL, chip.hidden[0]._replace(xbar=pulsed), 501.0)
     _, (found, *_) = read(KEY, EQUAL, chip._replace(hidden=(tile, tile)), 1e5)
     expected = analog.weights(EQUAL, pulsed.g) * (1 / 38.6) ** -0.04
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -191,7 +191,8 @@ def test_exchangeable_outputs_start_alike_and_differ_on_a_chip(data):
     assert meta.g.hidden[0].shape == (2, 3 * 17, 7)  # 16 inputs and the bias, 3 rows each
     assert meta.g.readout.shape == (2, 6, 1) and meta.log_theta.shape == (2, 6, 1)
     meta = train.project(meta, *train.common_range([analog.PCM]))
-    chip, *_ = jax.jit(train.scene)(KEY, meta, family, analog.PCM)
+    scene = jax.jit(train.scene, static_argnums=2)
+    chip, *_ = scene(KEY, meta, run.cfg, family, analog.PCM)
     g = chip.readout.xbar.g
     assert g.shape == (2, 6, 3)
     for a, b in ((0, 1), (0, 2), (1, 2)):
@@ -268,7 +269,7 @@ def test_a_users_samples_are_learned_as_those_of_a_task():
 
     @jax.jit
     def expected(chip_key, *rest):
-        chip = network.assemble(chip_key, device, analog.deploy, meta.g)
+        chip = network.assemble(chip_key, device, analog.deploy, meta.g, network.Circuit())
         chip = network.later(chip, cfg.tread)
         readouts, pulses = train.teach(*rest, meta, cfg, device, chip, u, support)
         last = jax.tree.map(lambda x: x[-1:], readouts)

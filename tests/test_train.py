@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import configured, launch, started
+from conftest import configured, launch, started, tile_of
 from jax.example_libraries import optimizers
 
 import analog
@@ -94,7 +94,7 @@ def test_delta_rule_equals_autodiff_of_the_time_steps(x64):
     expected, gradient = error(w)
     samples = samples_of_two_outputs(family_of(cfg), x, y)
     close(train.squared_error(e @ w, samples), expected, 1e-9)
-    close(train.delta_rule(e, w, samples), gradient, 1e-9)
+    close(train.delta_rule(e, e @ w, samples), gradient, 1e-9)
 
 
 class Plain(NamedTuple):
@@ -116,8 +116,9 @@ def make_plain(patch):
     def apart(family, x, y):
         return Plain(network.level(family.dac_bits, x), y, jnp.mean(y**2))
 
-    def delta_rule(e, w, samples):
-        return jax.grad(lambda w: mean_error(e @ w, samples))(w)
+    def delta_rule(e, y, samples):
+        """The gradient by the outputs, through e."""
+        return e.T @ jax.grad(mean_error)(y, samples)
 
     patch.setattr(train.Regression, "sum_up", apart)
     patch.setattr(train, "squared_error", mean_error)
@@ -231,7 +232,7 @@ class Met(NamedTuple):
     device: analog.Device
     times: train.Times
     before: analog.Crossbar
-    after: analog.Crossbar  # [tasks, looks, ...]
+    after: network.Tile  # [tasks, looks, ...]
     pulses: jax.Array  # [tasks, looks, 2, H, 1]
 
 
@@ -246,13 +247,14 @@ def met():
 
     @jax.jit
     def run(keys):
-        before = analog.fabricate(KEY, device, jnp.full((2, cfg.n_h1, 1), 1.0))
+        target = jnp.full((2, cfg.n_h1, 1), 1.0)
+        before = tile_of(device, analog.fabricate(KEY, device, target), target)
 
         def learn(key):
             support = family.task(key, None).support
             return train.adapt(key, meta, cfg, device, before, e, support, times)
 
-        return before, *jax.vmap(learn)(keys)
+        return before.xbar, *jax.vmap(learn)(keys)
 
     return Met(device, times, *run(jax.random.split(KEY, 3)))
 
@@ -261,7 +263,7 @@ def test_only_pulsed_devices_change_at_the_time_of_their_pulse():
     _, times, start, after, pulses = met()
     before = jax.tree.map(lambda x: np.broadcast_to(x, (3, *x.shape)), start)
     for k in range(3):
-        now = jax.tree.map(lambda x: np.asarray(x[:, k]), after)  # noqa: B023
+        now = jax.tree.map(lambda x: np.asarray(x[:, k]), after.xbar)  # noqa: B023
         fired = np.asarray(pulses[:, k]) > 0
         assert 0 < fired.sum() < fired.size
         assert np.all(now.t_prog[fired] == times.pulses[k])
@@ -276,11 +278,11 @@ def test_only_pulsed_devices_change_at_the_time_of_their_pulse():
 def test_a_pulsed_readout_refers_to_a_read_after_its_pulses():
     """A read t_verify after the pulses."""
     device, times, _, after, _ = met()
-    xbars = jax.tree.map(lambda x: x[0], after)
+    readouts = jax.tree.map(lambda x: x[0], after)
     silent = device._replace(law=device.law._replace(read_scale=0.0))
-    tiles = train.refer(KEY, silent, xbars, times.pulses)
+    tiles = train.refer(KEY, silent, readouts, times.pulses)
     for k, reference in enumerate(tiles.reference):
-        xbar = jax.tree.map(lambda x: x[k], xbars)  # noqa: B023
+        xbar = jax.tree.map(lambda x: x[k], readouts.xbar)  # noqa: B023
         now, later = (
             np.sum(analog.drift(device, xbar, times.pulses[k] + wait))
             for wait in (0.0, device.t_verify)
@@ -298,7 +300,8 @@ def test_a_look_takes_the_weights_as_drift_has_left_them():
     y = e @ analog.weights(drifting, g)  # what the weights gave before they drifted
     support = train.Samples(jnp.full(16, 1 / 16), y / 16, jnp.mean(y**2))
     xbar, t = analog.fabricate(KEY, drifting, g), 1e6
-    look = functools.partial(train.look, KEY, cfg, drifting, xbar, e, support)
+    readout = tile_of(drifting, xbar, g)
+    look = functools.partial(train.look, KEY, cfg, drifting, readout, e, support)
     _, fired = look(jnp.full((6, 1), -9.0), t, t + 1)
     w = np.asarray(analog.weights(drifting, g)) * (1e6 / 38.6) ** -0.1
     gradient = 2 * np.mean((e @ w - y) * e, 0)
@@ -550,7 +553,7 @@ if jax.process_index() == 0:
 
 def drawn(key, meta, cfg, family, device):
     """An experiment: what a chip's hidden crossbars show."""
-    chip = network.assemble(key, device, analog.fabricate, meta.g)
+    chip = network.assemble(key, device, analog.fabricate, meta.g, network.Circuit())
     u = family.pool(key)
     return train.observe(key, cfg, device, chip, u, 100.0), jax.random.uniform(key)
 
@@ -559,7 +562,7 @@ def of_weights(key, meta, cfg, family, kind, n_tasks):
     """In place of train.meta_loss, to compile faster: of the conductances, and of the readout's
     weights on a chip."""
     device, g = kind.device, meta.g.readout
-    tile = network.Tile(analog.fabricate(key, device, g, kind.table), network.total(device, g))
+    tile = tile_of(device, analog.fabricate(key, device, g, kind.table), g)
     w = network.read(key, device, tile, 1e4, True)
     loss = jnp.mean(w**2) + sum(jnp.mean(g**2) for g in meta.g.hidden)
     return loss, {"loss": loss}

@@ -1,0 +1,119 @@
+"""Circuits around the devices, against plain loops and statistics."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import configured, started
+
+import analog
+import network
+import train
+from img import circuits
+
+KEY = jax.random.key(3)
+
+
+def test_a_converter_has_the_nearest_of_its_levels():
+    """2^n − 1, from −full to full; its derivative is 1 where it does not clip."""
+    x = jnp.linspace(-3.0, 3.0, 1001)
+    found = circuits.convert(x, 3, 2.0)
+    levels = np.linspace(-2, 2, 7)
+    nearest = np.abs(found - levels[np.abs(x[:, None] - levels).argmin(1)])
+    assert np.sum(nearest > 1e-5) <= 6  # at the middle between two
+    assert len(np.unique(np.round(found, 4))) == 7
+    slope = jax.vmap(jax.grad(lambda x: circuits.convert(x, 3, 2.0)))(x)
+    np.testing.assert_array_equal(slope, np.abs(x) <= 2)
+
+
+def plain_wires(g, ohm):
+    """Conductances (µS) of one array [rows, cols] through wires, cell by cell: the drops along both
+    ways of each cell's current, segment by segment."""
+    rows, columns = g.shape
+    found = np.zeros_like(g)
+    for i in range(rows):
+        for j in range(columns):
+            along_row = sum(g[i, k:].sum() for k in range(j + 1))
+            along_column = sum(g[: k + 1, j].sum() for k in range(i, rows))
+            found[i, j] = g[i, j] * (1 - 1e-6 * ohm * (along_row + along_column))
+    return found
+
+
+def test_wires_equal_a_plain_loop():
+    g = np.random.default_rng(0).uniform(0.1, 12, (2, 7, 9))
+    found = circuits.wires(analog.PCM, jnp.asarray(g, jnp.float32), 500.0)
+    expected = [plain_wires(side, 500.0) for side in g]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.min(found / g) < 0.9
+
+
+def test_wires_are_the_first_order_of_the_network_of_resistors():
+    """Kirchhoff's laws, solved for one array whose rows are all driven."""
+    rows, columns, ohm = 4, 5, 50.0
+    g = 1e-6 * np.random.default_rng(1).uniform(1, 12, (rows, columns))
+    n, wire = rows * columns, 1 / ohm
+    index = np.arange(n).reshape(rows, columns)
+    matrix, known = np.zeros((2 * n, 2 * n)), np.zeros(2 * n)
+
+    def join(a, b, conductance):
+        """A conductance between two nodes; b is None for ground, or a driven end at 1 V."""
+        matrix[a, a] += conductance
+        if b is not None:
+            matrix[b, b] += conductance
+            matrix[a, b] -= conductance
+            matrix[b, a] -= conductance
+
+    for i in range(rows):
+        for j in range(columns):
+            row_node, column_node = index[i, j], n + index[i, j]
+            join(row_node, column_node, g[i, j])
+            if j == 0:
+                join(row_node, None, wire)
+                known[row_node] = wire
+            else:
+                join(row_node, index[i, j - 1], wire)
+            join(column_node, None if i == rows - 1 else n + index[i + 1, j], wire)
+    volts = np.linalg.solve(matrix, known)
+    drop = (volts[:n] - volts[n:]).reshape(rows, columns)
+    found = circuits.wires(analog.PCM, jnp.asarray(1e6 * g[None], jnp.float32), ohm)[0]
+    first = 1 - found / (1e6 * g)
+    np.testing.assert_allclose(first, 1 - drop, rtol=0.05)  # drops of 1 %, squared
+
+
+@pytest.mark.parametrize("name", ["adc8", "wires2.5", "coarse6", "gains10", "plausible"])
+def test_training_goes_through_a_circuit(name):
+    """Gradients reach what they reach with ideal circuits, and are others."""
+    found = []
+    for circuit in ("ideal", name):
+        cfg, devices = configured(device="perf", circuit=circuit, grad_thr=0.02)
+        _, state = started(cfg, devices)
+        kind, family = train.Kind(devices["perf"], analog.EXACT), train.families_of(cfg).training
+        loss = jax.jit(jax.grad(train.meta_loss, 1, has_aux=True), static_argnums=(2, 5))
+        found.append(loss(KEY, state.meta, cfg, family, kind, 3)[0])
+    ideal, other = map(jax.tree.leaves, found)
+    for a, b in zip(ideal[:4], other, strict=False):
+        assert np.any(a != 0) and np.any(b != 0) and np.any(a != b)
+
+
+def test_gains_belong_to_a_chip():
+    """Each column has its own, which stays from read to read."""
+    g = network.Network((jnp.full((2, 3, 4000), 5.0).at[1].set(1.0),) * 2, jnp.ones((2, 3, 1)))
+    circuit = circuits.CIRCUITS["gains10"]
+    chip = network.assemble(KEY, analog.PERF, analog.fabricate, g, circuit)
+    first, second = (network.read(KEY, analog.PERF, tile, 1.0, False) for tile in chip.hidden)
+    ratio = first[0] * analog.span(analog.PERF) / 4
+    np.testing.assert_allclose(first, np.broadcast_to(first[0], first.shape))
+    assert abs(ratio.mean() - 1) < 4 * 0.1 / 4000**0.5
+    assert abs(ratio.std() - 0.1) < 4 * 0.1 / 8000**0.5
+    assert np.any(first != second)
+    again = network.read(KEY, analog.PERF, chip.hidden[0], 9.0, False)
+    np.testing.assert_array_equal(first, again)
+
+
+def test_a_circuit_of_no_name_is_refused():
+    cfg, devices = configured()
+    other = dataclasses.replace(cfg, circuit="nowhere")
+    with pytest.raises(train.Refused, match="--circuit nowhere must be one of ideal"):
+        train.complete(other, devices)
