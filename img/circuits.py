@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 import analog  # noqa: E402
 import network  # noqa: E402
 import train  # noqa: E402
-from img import figures, studies  # noqa: E402
+from img import figures, parts  # noqa: E402
 
 CURRENTS = 0.5, 1.5, 6.0  # full scales of what layers 0 and 1 and the readout add in a step
 TRACES = 0.5  # that of traces
@@ -131,10 +131,10 @@ def errors_of(n, run):
     found = {}
     for name, label in LABELS.items():
         changed = with_circuit(run, name if name in CIRCUITS else "ideal")
-        found[label] = studies.tested(studies.last_error, n, changed, stuck(name, device))
-    still = studies.without(device, *studies.READ_NOISE)
-    staying = partial(studies.last_error, make=partial(frozen, device))
-    found["read noise that stays the same"] = studies.tested(staying, n, run, still)
+        found[label] = parts.tested(parts.last_error, n, changed, stuck(name, device))
+    still = parts.without(device, *parts.READ_NOISE)
+    staying = partial(parts.last_error, make=partial(frozen, device))
+    found["read noise that stays the same"] = parts.tested(staying, n, run, still)
     return found
 
 
@@ -143,12 +143,12 @@ def circuits(n, run):
     errors = errors_of(n, run)
     ideal, found = errors[LABELS["ideal"]], {}
     for label, x in errors.items():
-        found[label] = studies.show(label, x)
+        found[label] = parts.show(label, x)
         half = 1.96 * np.std(x - ideal, ddof=1) / n**0.5
         ratio, interval = np.array([x.mean(), half]) / ideal.mean()
         found[label]["over ideal"] = [ratio, interval]
         print(f"    over ideal circuits {ratio:.2f} ± {interval:.2f}")
-    return found, figures.bars({"after adaptation": found}, studies.unit(run))
+    return found, figures.bars({"after adaptation": found}, parts.unit(run))
 
 
 def scales(key, meta, cfg, family, device):
@@ -197,7 +197,7 @@ def main(argv=None):
             return train_with(given.name, given.flags)
         train.configure_backend()
         run = train.load(given.flags[0])
-        for name, x in studies.tested(scales, 64, run).items():
+        for name, x in parts.tested(scales, 64, run).items():
             print(f"{name:<10}{x.mean():10.3g}")
 
 

@@ -14,9 +14,9 @@ from matplotlib.ticker import LogLocator
 
 TRUTH, BEFORE, AFTER, LATE, OTHER = "black", "#999999", "#0072B2", "#D55E00", "#009E73"
 LINES = matplotlib.cycler(  # of a figure, in their order
-    color=(AFTER, LATE, OTHER, BEFORE, TRUTH),
-    linestyle=("-", "--", "-.", ":", (0, (1, 1))),
-    marker=list("os^Dv"),
+    color=(AFTER, LATE, OTHER, BEFORE, TRUTH, "#CC79A7", "#E69F00"),
+    linestyle=("-", "--", "-.", ":", (0, (1, 1)), "--", "-."),
+    marker=list("os^Dv<>"),
 )
 STYLE = {
     "font.size": 11,
@@ -384,6 +384,8 @@ def lines(x, found, xlabel, ylabel, scale="linear"):
     axes.set(xlabel=xlabel, xscale=scale, yscale=scale, ylabel=ylabel)
     if scale == "log":
         plain_ticks(axes.yaxis)
+        axes.set_xticks(x, [f"{at:g}" for at in x])
+        axes.xaxis.set_minor_formatter("")
     else:
         axes.set_ylim(0)
     legend_above(axes, 2 if len(found) > 3 else 3)

@@ -8,8 +8,10 @@ drift     how a task that was learned ages, and how an old chip learns
 life      50 tasks in sequence on one chip, with four ways to keep its readout
 few_shot  errors after each look, and of regression on the same traces; --task_size 5 is 1-shot
 limits    what is left of the error on other devices; bounds of any rule
-updates   sizes of pulses against those of steps of Adam
+updates   sizes of pulses, of a float step, and of the change that a task needs
+baselines the network against regression, a float delta rule and float MAML, by samples
 energy    several networks: devices, and energies at low, typical and high prices
+circuits  one network with circuits that are not ideal
 
 RUN is the folder of a run. All devices are those of the (first) run and the built-in ones of the
 same g_max, but for perf. To compare settings, train a network with each of them. Ages, devices and
@@ -34,30 +36,31 @@ import network  # noqa: E402
 import train  # noqa: E402
 from img import energy as joules  # noqa: E402
 from img import figures  # noqa: E402
+from img.baselines import baselines, readouts, solve  # noqa: E402
+from img.circuits import circuits  # noqa: E402
+from img.parts import (  # noqa: E402
+    READ_NOISE,
+    error,
+    error_of,
+    last_error,
+    resized,
+    show,
+    tested,
+    tuned,
+    unit,
+    without,
+    writable,
+)
 
 RESTS = 10.0, 3600.0, train.DAY, 1e6, 1e7  # s, from the last pulse of an adaptation
 OLD = 1e6  # s, age of an old chip
 N_LIFE = 50  # tasks of a life
 PERIOD = 1e4  # s, from one of them to the next
 AHEAD = 30.0  # s, from the end of a readout's programming to the first look at a task
-RIDGES = 1e-4, 1e-3, 1e-2, 1e-1, 1.0
 STUCK = {"stuck_low": 0.005, "stuck_high": 0.005}  # shares of all devices
 
 
 # ---- parts of experiments ------------------------------------------------------------------------
-
-
-def error_of(measured, suffix=""):
-    """The error among what was measured: wrong answers (%) of a classification, else the squared
-    error."""
-    if "accuracy" in measured:
-        return 100 - measured["accuracy" + suffix]
-    return measured["mse" + suffix]
-
-
-def error(family, y, query):
-    """The error of outputs y [L, n_out]."""
-    return error_of(family.measures(y, query))
 
 
 def error_at(key, cfg, family, device, chip, u, query, t, compensate):
@@ -69,32 +72,6 @@ def error_at(key, cfg, family, device, chip, u, query, t, compensate):
     return error(family, train.outputs(cfg, e, w), query)
 
 
-def writable(device, w):
-    """Conductances [2, rows, cols] in µS of weights w, as far as the device can have them."""
-    wanted = analog.conductances(device, jnp.clip(w, -1.0, 1.0))
-    return jnp.minimum(wanted, device.g_prog)
-
-
-def last_error(key, meta, cfg, family, device, make=analog.deploy):
-    """Error after a new chip has learned a task."""
-    return error_of(train.episode(key, meta, cfg, family, device, make).measured)[-1]
-
-
-def unit(run):
-    """What an error of the run's tasks is, in words."""
-    return "wrong answers (%)" if run.families.about else "mean squared error"
-
-
-def tested(experiment, n, run, device=None):
-    """What an experiment measures on n chips of a run's network, of its first device or of
-    another."""
-    device = device or next(iter(run.devices.values()))
-    meta = train.project(run.state.meta, *train.common_range([device]))
-    key = train.stream(train.Config(), 3)  # the same tasks for every network
-    family = run.families.testing
-    return jax.device_get(train.test(key, experiment, run.cfg, family, device, n, meta))
-
-
 def devices_for(run):
     """By name, the devices of a run, and the built-in ones of the same g_max but for perf."""
     g_max = next(iter(run.devices.values())).g_max
@@ -104,18 +81,6 @@ def devices_for(run):
         if device.g_max == g_max and name != "perf"
     }
     return run.devices | built_in | run.devices
-
-
-def show(label, values):
-    """Print mean, interval and number of values [n]; of those at all RIDGES, [n, RIDGES],
-    the ones of lowest mean. Their summary."""
-    if values.ndim > 1:
-        best = int(np.argmin(np.mean(values, 0)))
-        label, values = f"{label}, ridge {RIDGES[best]:g}", values[:, best]
-    found = train.summary(values)
-    interval = f" ± {found['ci95']:.3f}" if "ci95" in found else ""
-    print(f"  {label:<64}{found['mean']:9.3f}{interval}  (n = {found['n']})", flush=True)
-    return found
 
 
 # ---- life: 50 tasks in sequence on one chip ------------------------------------------------------
@@ -235,56 +200,15 @@ def first_tasks(key, meta, cfg, family, device):
     return {"first task": young, "a day after it": day, "first task, 10⁶ s old": old}
 
 
-def solve(e, samples, ridge, start):
-    """Weights [H, n_out] of ridge regression of samples on traces e [L, H], towards weights
-    start."""
-    second = e.T @ (samples.share[:, None] * e)
-    eye = jnp.eye(len(second))
-    return jnp.linalg.solve(second + ridge * eye, e.T @ samples.y + ridge * start)
-
-
-def written(key, cfg, device, readout, w):
-    """Weights [H, n_out] as read at ttest from a readout whose programming to weights w ended
-    with the last pulse of the meta-test."""
-    write_key, read_key = jax.random.split(key)
-    wanted, ended = writable(device, w), train.times_of(cfg).pulses[-1]
-    tile, _ = restore(write_key, device, readout, wanted, ended)
-    return network.read(read_key, device, tile, train.wait_of(cfg), cfg.compensate)
-
-
-def regression(key, meta, cfg, family, device):
-    """Errors of readouts of a chip that were found by regression on its traces as the
-    first look has them, [RIDGES]: as computed, and as written to the chip and read; and of the best
-    readout for all inputs."""
-    chip, u, task, key = train.scene(key, meta, cfg, family, device)
-    look_key, read_key, ask_key, write_key = jax.random.split(key, 4)
-    chip = network.later(chip, cfg.tread)
-    seen = train.observe(look_key, cfg, device, chip, u, 0.0).e
-    start = network.read(read_key, device, chip.readout, 0.0, False)
-    asked = train.observe(ask_key, cfg, device, chip, u, train.wait_of(cfg)).e
-
-    def fit(ridge):
-        w = solve(seen, task.support, ridge, start)
-        on_chip = written(write_key, cfg, device, chip.readout, w)
-        return {
-            "ridge regression": error(family, asked @ w, task.query),
-            "ridge, written": error(family, asked @ on_chip, task.query),
-        }
-
-    best = solve(asked, task.query, 1e-5, start)
-    least = error(family, asked @ best, task.query)
-    return {**jax.lax.map(fit, jnp.array(RIDGES)), "best readout of all inputs": least}
-
-
 def chip_errors(n, run, device):
-    """Errors of n chips of a device by label, those of ridge regression at all RIDGES."""
+    """Errors of n chips of a device by label."""
     used = tested(LIVES["restore"], n, run, device)["error"]
     return {
         **tested(first_tasks, n, run, device),
         "second task": used[:, 1],
         "tasks 41 to 50": np.mean(used[:, 40:], 1),
         "1 % stuck": tested(last_error, n, run, device._replace(**STUCK)),
-        "ridge, written": tested(regression, n, run, device)["ridge, written"],
+        "ridge, written": tuned(readouts, n, run, device)["ridge, written"],
     }
 
 
@@ -370,18 +294,8 @@ def drift(n, run):
 # ---- limits --------------------------------------------------------------------------------------
 
 PULSE_NOISE = "set_std_slope", "set_std_offset", "set_std_history"
-READ_NOISE = "read_slope", "read_offset", "read_scale"
 DRIFT = "nu_mean nu_std nu_slope nu_offset nu_low nu_high".split()
 DRIFT += "nu_std_slope nu_std_offset nu_std_low nu_std_high".split()
-
-
-def without(device, *constants):
-    """The device with these of its constants, and of those of its law, at 0."""
-
-    def zero(part):
-        return part._replace(**{name: 0.0 for name in constants if name in part._fields})
-
-    return zero(device)._replace(law=zero(device.law))
 
 
 def others_of(device):
@@ -401,7 +315,7 @@ def limits(n, run):
     others = others_of(next(iter(run.devices.values())))
     errors = {label: tested(last_error, n, run, device) for label, device in others.items()}
     exact = partial(last_error, make=analog.fabricate)
-    errors |= {"no programming error": tested(exact, n, run), **tested(regression, n, run)}
+    errors |= {"no programming error": tested(exact, n, run), **tuned(readouts, n, run)}
     found = {label: show(label, x) for label, x in errors.items()}
     return found, figures.bars({"after adaptation": found}, unit(run))
 
@@ -425,8 +339,8 @@ def few_shot(n, run):
     for name, device in devices_for(run).items():
         wrong = error_of(tested(train.reported, n, run, device).measured)
         errors = {f"look {k}": x for k, x in enumerate(wrong.T)}
-        errors |= tested(regression, n, run, device)
-        other = tested(regression, n, untrained, device)["ridge regression"]
+        errors |= tuned(readouts, n, run, device)
+        other = tuned(readouts, n, untrained, device)["ridge regression"]
         errors["ridge regression, untrained network"] = other
         if run.families.about:
             errors |= tested(nearest_mean, n, run, device)
@@ -437,21 +351,20 @@ def few_shot(n, run):
 # ---- updates -------------------------------------------------------------------------------------
 
 
-def walk(w, gradient):
-    """|ΔW| [100, H, n_out] of the steps that Adam at 10⁻³ takes from weights w [H, n_out]."""
+NEEDED = 1e-2  # ridge towards the readout before adaptation
 
-    def one(state, step):
-        direction, state = train.adam(state, gradient(state.meta), step)
-        move = 1e-3 * direction
-        return state._replace(meta=state.meta + move), jnp.abs(move)
 
-    zero = jnp.zeros_like(w)
-    return jax.lax.scan(one, train.State(w, zero, zero), jnp.arange(100.0))[1]
+def best_step(e, w, samples):
+    """The change [H, n_out] of weights w along the gradient that lowers the samples' error
+    most."""
+    gradient = train.delta_rule(e, e @ w, samples)
+    curvature = 2 * jnp.sum(samples.share[:, None] * (e @ gradient) ** 2)
+    return -gradient * jnp.sum(gradient**2) / jnp.maximum(curvature, train.TINY)
 
 
 def moves(key, meta, cfg, family, device):
-    """|ΔW| of the looks of an adaptation [n_inner, H, n_out], 0 where no pulse was fired, and of
-    100 steps of Adam on the same task [100, H, n_out]."""
+    """|ΔW| of the looks of an adaptation [n_inner, H, n_out], 0 where no pulse was fired; of one
+    float step, and of what the task needs [H, n_out]."""
     chip, u, task, key = train.scene(key, meta, cfg, family, device)
     learn_key, see_key, read_key = jax.random.split(key, 3)
     chip = network.later(chip, cfg.tread)
@@ -462,15 +375,16 @@ def moves(key, meta, cfg, family, device):
     fired = jnp.any(pulses > 0, 1)
     e = train.observe(see_key, cfg, device, chip, u, 0.0).e
     w = network.read(read_key, device, chip.readout, 0.0, False)
-    steps = walk(w, lambda w: train.delta_rule(e, e @ w, task.support))
-    return {
-        "meta-learned pulses": jnp.where(fired, jnp.abs(moved), 0.0),
-        "Adam at 0.001": steps,
+    found = {
+        "meta-learned pulses": jnp.where(fired, moved, 0.0),
+        "the best float step": best_step(e, w, task.support),
+        "what a task needs": solve(e[None], task.query, NEEDED, w) - w,
     }
+    return jax.tree.map(jnp.abs, found)
 
 
 def updates(n, run):
-    """Sizes of pulses against those of steps of Adam."""
+    """Sizes of pulses, of a float step, and of the change that a task needs."""
     numbers, drawn = {}, {}
     for label, sizes in tested(moves, n, run).items():
         positive = sizes[sizes > 0]
@@ -480,7 +394,7 @@ def updates(n, run):
         numbers[label] = {"quantiles 0.05, 0.5, 0.95": [low, median, high]}
         drawn[label] = positive
         print(f"  |ΔW| of {label:<48} median {median:.1e}, 90 % from {low:.1e} to {high:.1e}")
-    return numbers, figures.histograms(drawn, "|ΔW| of a synapse in one step")
+    return numbers, figures.histograms(drawn, "|ΔW| of a synapse")
 
 
 # ---- energy --------------------------------------------------------------------------------------
@@ -555,7 +469,8 @@ def energy(n, *runs):
 
 # ---- command line --------------------------------------------------------------------------------
 
-STUDIES = {x.__name__: x for x in (compare, chips, drift, life, limits, few_shot, updates, energy)}
+ALL = compare, chips, drift, life, limits, few_shot, updates, baselines, energy, circuits
+STUDIES = {x.__name__: x for x in ALL}
 
 
 def parse(argv):
@@ -579,18 +494,9 @@ def parse(argv):
     return given
 
 
-def loaded(folder, task_size):
-    """The run in a folder, its tasks of another size if one is given."""
-    run = train.load(folder)
-    if task_size is None:
-        return run
-    cfg = train.resize(run.cfg, task_size, run.devices)
-    return run._replace(cfg=cfg, families=train.families_of(cfg))
-
-
 def execute(given):
     """Run a study and write what it found."""
-    runs = [loaded(folder, given.task_size) for folder in given.runs]
+    runs = [resized(train.load(folder), given.task_size) for folder in given.runs]
     numbers, figure = STUDIES[given.study](given.n, *runs)
     path = given.out / given.study
     train.write(path.with_suffix(".png"), figures.png(figure))

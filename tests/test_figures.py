@@ -201,8 +201,8 @@ def test_ridge_regression_finds_the_weights_that_made_its_samples():
     share = jnp.full(8, 1 / 8)
     samples = train.Samples(share, share[:, None] * (e @ w), 0.0)
     start = jnp.ones_like(w)
-    np.testing.assert_allclose(studies.solve(e, samples, 1e-6, start), w, atol=1e-4)
-    np.testing.assert_allclose(studies.solve(e, samples, 1e6, start), start, atol=1e-4)
+    np.testing.assert_allclose(studies.solve(e[None], samples, 1e-6, start), w, atol=1e-4)
+    np.testing.assert_allclose(studies.solve(e[None], samples, 1e6, start), start, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", analog.DEVICES.values(), ids=analog.DEVICES)
@@ -214,11 +214,17 @@ def test_a_device_without_noise_and_drift_reads_what_it_has(device):
     assert jnp.ptp(read) == 0 and read[0, 0, 0] == pytest.approx(xbar.g[0, 0, 0])
 
 
-def test_steps_of_adam_are_as_large_as_its_rate():
-    """Those of a gradient that is always the same."""
-    steps = studies.walk(jnp.zeros((4, 1)), lambda w: jnp.full(w.shape, 7.0))
-    assert steps.shape == (100, 4, 1)
-    np.testing.assert_allclose(steps, 1e-3, rtol=1e-3)
+def test_the_best_float_step_lowers_the_error_most():
+    """More than one that is a little shorter or longer."""
+    e = jax.random.normal(KEY, (8, 3))
+    w = jnp.ones((3, 2))
+    samples = train.samples_of(jnp.ones(8), 2.0 * e[:, :2])
+    step = studies.best_step(e, w, samples)
+    errors = [train.squared_error(e @ (w + x * step), samples) for x in (0.0, 0.9, 1.0, 1.1)]
+    assert errors[2] < min(errors[1], errors[3]) < errors[0]
+    gradient = train.delta_rule(e, e @ w, samples)
+    np.testing.assert_allclose(step / gradient, (step / gradient)[0, 0], rtol=1e-4)
+    assert jnp.sum(step * gradient) < 0
 
 
 def test_devices_of_a_run_come_first_and_as_they_are():
