@@ -39,7 +39,7 @@ def means_of(kind, rest):
 
 def excess(kind, rest):
     """What a read of devices at the lowest target has too much on average (µS), rest s after
-    programming has ended, as the converter clips it at g_min."""
+    programming has ended, as the converter clips it there."""
     device, table = kind
     g, share = means_of(kind, rest)[0], device.g_min / device.g_max
     std = device.law.read_std(g, share, table.age[0] + rest, device.t0)
@@ -74,8 +74,8 @@ def written(key, cfg, kind, readout, w, is_corrected):
 
 
 def traces(adapt_key, ask_key, cfg, device, chip, u):
-    """Traces of a chip, the same that train.learn_and_test has of these keys: of its looks
-    [n_inner, L, H], and at the query [L, H]."""
+    """Traces of a chip, the same that train.teach and train.query_chip have of these keys: of its
+    looks [n_inner, L, H], and at the query [L, H]."""
     hidden_key, _ = jax.random.split(adapt_key)
     query_key, _ = jax.random.split(ask_key)
 
@@ -155,7 +155,7 @@ def readouts(key, meta, cfg, family, kind):
 
 WIDTHS = 1, 40, 40, 1
 INNER, OUTER = 0.01, 1e-3  # steps of gradient descent in a task, and of Adam
-N_ITER, N_TASKS, N_SEEN = 30_000, 25, 20  # iterations, tasks of each, samples of a task
+N_ITER, N_TASKS = 20_000, 25  # iterations, tasks of each
 FINE_BITS = 10  # of the inputs in the test, levels 0.01 apart
 
 
@@ -191,24 +191,24 @@ def adapted(layers, u, support, n_steps):
     return jax.lax.scan(one, layers, length=n_steps)[0]
 
 
-def after_a_step(layers, key, function):
-    """Error on a query of a random function after a step on a support."""
+def after_a_step(layers, key, function, n):
+    """Error on n samples of a random function after a step on n others."""
     function_key, x_key = jax.random.split(key)
     low, high = network.X_RANGE
-    x = jax.random.uniform(x_key, (2, N_SEEN, 1), minval=low, maxval=high)
+    x = jax.random.uniform(x_key, (2, n, 1), minval=low, maxval=high)
     y = function.draw(function_key).target(x)
-    support, query = (train.samples_of(jnp.ones(N_SEEN), values) for values in y)
+    support, query = (train.samples_of(jnp.ones(n), values) for values in y)
     return wrong(adapted(layers, x[0], support, 1), x[1], query)
 
 
-@jax.jit(static_argnums=1)
-def trained(key, function):
-    """The layers after meta-training on random functions."""
+@jax.jit(static_argnums=(1, 2))
+def trained(key, function, n):
+    """The layers after meta-training on random functions, n samples of each."""
     start_key, task_key = jax.random.split(key)
 
     def loss(layers, key):
-        keys = jax.random.split(key, N_TASKS)
-        return jnp.mean(jax.vmap(after_a_step, (None, 0, None))(layers, keys, function))
+        of_task = partial(after_a_step, function=function, n=n)
+        return jnp.mean(jax.vmap(of_task, (None, 0))(layers, jax.random.split(key, N_TASKS)))
 
     def iterate(state, step):
         gradient = jax.grad(loss)(state.meta, jax.random.fold_in(task_key, step))
@@ -234,13 +234,15 @@ def maml(key, meta, cfg, family, given):
 # ---- the study -----------------------------------------------------------------------------------
 
 
-def errors_of(n, run, layers):
+def errors_of(n, run):
     """Errors [n, n_inner + 1] of the network after each look, and errors [n] by label of all ways
-    to learn; layers are those of MAML, None for classes."""
+    to learn."""
     device = next(iter(run.devices.values()))
     looks = parts.error_of(parts.tested(train.reported, n, run).measured)
     found = {"this network": looks[:, -1], **parts.tuned(readouts, n, run)}
-    if layers:
+    if not run.families.about:
+        function = train.FUNCTIONS[run.cfg.tasks]
+        layers = trained(jax.random.key(0), function, run.cfg.task_size)
         found |= parts.measured(maml, n, run, device, (device, layers))
     return looks, found
 
@@ -266,17 +268,13 @@ def report(looks, errors):
 
 def baselines(n, run):
     """The network, regression, delta rule and MAML in float, by the number of samples."""
-    layers = None
-    if not run.families.about:
-        layers = trained(jax.random.key(0), train.FUNCTIONS[run.cfg.tasks])
     numbers, looks = {}, {}
     for shots in SHOTS:
         size = shots * (run.cfg.n_way if run.families.about else 5)
         print(f"{size} samples: {parts.unit(run)}, and over that of {FAIR}; ± 95 % interval")
-        sized = parts.resized(run, size)
-        numbers[size], looks[size] = report(*errors_of(n, sized, layers))
+        numbers[size], looks[size] = report(*errors_of(n, parts.resized(run, size)))
     by_size = jax.tree.map(lambda *x: list(x), *numbers.values())
-    drawn = {label: found for label, found in by_size.items() if label not in NOT_DRAWN}
+    drawn = {label: by_size[label] for label in numbers[size] if label not in NOT_DRAWN}
     x = "samples of a task"
     figure = figures.lines(list(numbers), drawn, x, parts.unit(run), "log")
     return {"errors": numbers, "after each look": looks}, figure

@@ -445,6 +445,6 @@ def histograms(samples, xlabel):
         counts, _ = np.histogram(values, edges)
         share = counts / len(values)
         axes.step(edges[1:], share, where="pre", marker="", label=label)
-    axes.set(xscale="log", xlabel=xlabel, ylabel="share of the steps")
+    axes.set(xscale="log", xlabel=xlabel, ylabel="share of the changes")
     legend_above(axes, 3)
     return figure
