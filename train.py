@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import analog
 import network
-from img import figures
+from img import energy, figures
 
 HERE = Path(__file__).resolve().parent
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
@@ -929,9 +929,13 @@ def learn(key, run, device, x, y, chip=None, age=None):
 
 
 def summary(x):
-    """Mean of x [n, ...] over axis 0, n, and from 64 on the half-width of its 95 %
-    confidence interval."""
+    """Mean of x [n, ...] over axis 0, n, how many of them are not finite, if any are, and from 64
+    on the half-width of its 95 % confidence interval."""
+    x = np.asarray(x, float)  # as a sum of many loses digits in float32
     found = {"mean": np.mean(x, 0).tolist(), "n": len(x)}
+    n_bad = int(np.sum(~np.isfinite(x.reshape(len(x), -1)).all(1)))
+    if n_bad:
+        found["not_finite"] = n_bad
     if len(x) >= 64:
         found["ci95"] = (1.96 * np.std(x, 0, ddof=1) / len(x) ** 0.5).tolist()
     return found
@@ -1159,7 +1163,7 @@ class Run(NamedTuple):
     state: State
     step: int = 0
     rows: tuple = ()  # of metrics.csv, dictionaries
-    versions: dict | None = None  # provenance() when what was loaded was saved
+    versions: dict | None = None  # provenance() of the last iteration
 
 
 def write(path, data):
@@ -1170,7 +1174,10 @@ def write(path, data):
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         with suppress(OSError):
@@ -1179,8 +1186,9 @@ def write(path, data):
 
 
 def write_json(path, content):
-    """Write content as JSON."""
-    write(path, json.dumps(content, indent=1).encode())
+    """Write content as JSON, null for what is not finite."""
+    clean = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    write(path, json.dumps(clean, indent=1).encode())
 
 
 def write_arrays(path, arrays):
@@ -1195,8 +1203,9 @@ def provenance():
     """What a result depends on beside its settings; the commit is marked where files were
     edited."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
+    ours = os.environ | {"GIT_DIR": str(HERE / ".git"), "GIT_WORK_TREE": str(HERE)}
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(git, capture_output=True, text=True, env=ours).stdout.strip()
     except OSError:
         commit = None
     packages = ("jax", "jaxlib", "numpy")
@@ -1237,7 +1246,7 @@ def save(run, folder):
         "config": vars(run.cfg),
         "device": [device, *others] if others else device,
         "data": run.families.about,
-        "versions": provenance(),
+        "versions": run.versions,
     }
     write_json(folder / "config.json", config)
     if run.rows:
@@ -1470,7 +1479,8 @@ def prepare(argv):
     cfg, devices = configure(flags)
     families = families_of(cfg)
     state = start(cfg, lot_of(cfg, devices), families.training)
-    return Run(cfg, devices, families, state), new_folder(run_dir)
+    run = Run(cfg, devices, families, state, versions=provenance())
+    return run, new_folder(run_dir)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1513,7 +1523,8 @@ def train(run, folder):
             found = train_chunk(key, cfg, lot, family, run.state, run.step, last)
             state, measured = jax.device_get(found)
             row = row_of(last, state.meta, measured)
-            run = run._replace(state=state, step=last, rows=(*run.rows, row))
+            rows = *run.rows, row
+            run = run._replace(state=state, step=last, rows=rows, versions=provenance())
             assert_sound(run, measured, folder)
             save(run, folder)
             bar.set_postfix(loss=row["loss"], refresh=False)
@@ -1530,12 +1541,16 @@ def meta_test(run):
         for name, device in run.devices.items()
     }
     found = {name: jax.tree.map(summary, x.measured) for name, x in episodes.items()}
+    first = next(iter(found.values()))
+    measured = first["rates"]["mean"], first["pulses"]["mean"]
+    chip = energy.chip_of(cfg, family.n_in, family.n_out, rows_of(cfg, family), *measured)
     return episodes, {
         "step": run.step,
         "theta": np.exp(meta.log_theta).tolist(),
         "baselines": family.baselines(),
+        "energy": energy.report(chip),
         "devices": found,
-        **next(iter(found.values())),
+        **first,
     }
 
 
@@ -1593,6 +1608,8 @@ def join_hosts():
 
 def configure_backend():
     """JAX's devices, one per core; compiled programs kept for later runs; other hosts."""
+    jit = not jax.config.jax_disable_jit
+    require(jit, "JAX_DISABLE_JIT is set, with which a run would take days: unset it")
     # a core each: threads of a product would be in each other's way
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     with suppress(RuntimeError):  # already set up by whoever called main
@@ -1639,6 +1656,7 @@ def end_at_once():
     """Let Ctrl-C, or a reader that has gone, end even a long computation at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # where a shell has closed it
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
 
 

@@ -291,6 +291,9 @@ def table(results):
             for i, mean in enumerate(np.ravel(found[key]["mean"])):
                 interval = f" ± {halves[i]:.3f}" if len(halves) else ""
                 lines.append(f"  {MEASURED[key].format(i):<60}{mean:9.3f}{interval}")
+    spent = results["energy"]["bills"]["adaptation"]["nJ"]
+    totals = ", ".join(f"{prices['total']:.3g}" for prices in spent.values())
+    lines.append(f"energy of an adaptation at low, typical and high prices (nJ): {totals}")
     return "\n".join(lines)
 
 
