@@ -15,9 +15,9 @@ analog.pulse. G is cut off at g_max and at g_min, which is reset_mean − 2·res
 g_max is pcm's 12 µS, or the highest read if that is above. g_prog is 94 % of where SET stops
 raising G, as pcm's is, at most g_max. What reads cannot tell is pcm's, its µS scaled to g_max.
 
-The likelihood is that of an extended Kalman filter with the state (G, ν) of each device; its
-maximum is found by Fisher scoring with Levenberg's damping. Standard errors are those of the
-information at the maximum. They hold for many devices that differ in ν and after RESET alone.
+The likelihood is that of an extended Kalman filter with the state (G, ν) of each device. Its
+maximum is found by Fisher scoring, damped as by Levenberg; standard errors are of the information
+there. A constant that is not negative is sought above 1 % of pcm's.
 """
 
 import csv
@@ -37,15 +37,19 @@ import analog  # noqa: E402
 import train  # noqa: E402
 from img import figures  # noqa: E402
 
-START = analog.DEVICES["pcm_history"]  # where the search begins
-HISTORY = ["set_history", "set_std_history", "history_decay"]
-SIGNED = ["set_slope", "set_offset", "set_history"]  # the others are not negative
-SHARES = {"set_slope", "set_std_slope", "history_decay", "nu_mean", "nu_std", "read_slope"}
-NAMES = [x for x in analog.Device._fields if x.startswith(("set", "history", "reset"))]
-NAMES += analog.Nandakumar._fields
-NODES = np.asarray(norm.ppf((np.arange(200) + 0.5) / 200), float)  # of a normal density, equally likely
-FLOOR = 1e-5  # of g_max, a std that no read resolves
+# The fit has the G of reads scaled to pcm's g_max. An array of values [NAMES] has the constants of
+# a device in the order of its tree's leaves.
+PCM, PCM_HISTORY = analog.PCM, analog.DEVICES["pcm_history"]
+NAMES = (*analog.Nandakumar._fields, *analog.Device._fields[1:-1])
+SET = "set_slope set_offset set_std_slope set_std_offset reset_mean "
+HISTORY = "set_history set_std_history history_decay "
+SIGNED = np.isin(NAMES, ["set_slope", "set_offset", "set_history"])
+IN_US = [x.startswith(("g_", "reset")) or x.endswith(("offset", "history")) for x in NAMES]
+NODES = norm.ppf((np.arange(200) + 0.5) / 200)  # of a normal density, equally likely
+RESOLVED = 1e-4  # µS, where pcm's range is 12
+BELOW_STOP = 0.94  # g_prog, as a share of where SET stops raising G
 N_STEPS = 200  # of the search, at most
+N_PAIRS = 500  # of simulated devices in the figure
 
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -57,22 +61,22 @@ def columns_of(path):
         text = Path(path).read_text(encoding="utf-8-sig")
         header, *rows = filter(None, csv.reader(text.splitlines()))
         columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-        device, pulse, g = (np.array(columns.pop(x)) for x in ("device", "pulse", "g_uS"))
+        device, pulse, g = map(columns.pop, ("device", "pulse", "g_uS"))
         age = [x.strip() or "0" for x in columns.pop("time_s", "0" * len(rows))]
-        pulse, g, age = (np.array(x, float) for x in (pulse, g, age))
+        g, age = np.array([g, age], float)
+        pulse = np.array(pulse, int)
     except (OSError, ValueError, KeyError, csv.Error) as error:
-        what = "columns device, pulse, g_uS and perhaps time_s, commas between, decimal points"
+        what = "columns device, pulse, g_uS and perhaps time_s, with commas and decimal points"
         raise train.Refused(f"{path} must have {what}: {error!r}") from None
-    train.refuse(
-        {
-            f"{path} has a column that is unknown: {', '.join(columns)}": not columns,
-            f"{path}: g_uS must be finite; leave out what is not known": np.all(np.isfinite(g)),
-            f"{path}: time_s must be 0 or more": np.all(np.isfinite(age) & (age >= 0)),
-            f"{path}: pulse must be 0, 1, 2, …": np.all(np.isin(pulse, np.arange(10_000))),
-            f"{path}: g_uS is in siemens, it seems; give µS": np.any(np.abs(g) >= 1e-3),
-        }
-    )
-    return device, pulse.astype(int), g, np.maximum(age, analog.MIN_AGE)
+    needs = {
+        f"{path} has a column that is unknown: {', '.join(columns)}": not columns,
+        f"{path}: leave out reads that are not numbers": np.all(np.isfinite(g + age)),
+        f"{path}: time_s must be 0 or more": np.min(age) >= 0,
+        f"{path}: pulse must be from 0 to 9999": np.all((pulse >= 0) & (pulse < 10_000)),
+        f"{path}: g_uS is in siemens, it seems; give µS": np.max(np.abs(g)) >= 1e-3,
+    }
+    train.refuse(needs)
+    return device, pulse, g, np.maximum(age, analog.MIN_AGE)
 
 
 def load(path):
@@ -81,19 +85,18 @@ def load(path):
     device, pulse, g, age = columns_of(path)
     names, device = np.unique(device, return_inverse=True)
     shape = len(names), 1 + pulse.max()
-    place = np.ravel_multi_index((device, pulse), shape)
+    place = device * shape[1] + pulse
     order = np.lexsort((age, place))
-    place = place[order]
-    rank = np.arange(len(place)) - np.searchsorted(place, place)
+    ordered = place[order]
+    rank = np.arange(len(place)) - np.searchsorted(ordered, ordered)
     table = np.full((2, np.prod(shape), 1 + rank.max()), np.nan)
-    table[:, place, rank] = g[order], age[order]
-    first, last = (g[pulse == n] for n in (0, pulse.max()))
-    train.refuse(
-        {
-            f"{path} needs reads of pulse 0 (after RESET) to 2 or more": len(first) and shape[1] > 2,
-            f"{path}: pulses do not raise G, as SET pulses do": np.mean(last) > np.mean(first),
-        }
-    )
+    table[:, ordered, rank] = g[order], age[order]
+    first, last = g[pulse == 0], g[pulse == pulse.max()]
+    needs = {
+        f"{path} needs reads of pulse 0 (after RESET) to 2 or more": first.size and shape[1] > 2,
+        f"{path}: pulses do not raise G, as SET does": np.mean(last) > np.mean(first),
+    }
+    train.refuse(needs)
     return table.reshape(2, *shape, -1)
 
 
@@ -105,13 +108,14 @@ def load(path):
 def pulsed(device, belief, p):
     """The belief after a SET pulse at history p, G cut off at g_min and g_max."""
     mean, cov = belief
-    var = (1 + device.set_slope) ** 2 * cov[0, 0] + device.set_std_slope**2 * cov[0, 0]
+    stretch = 1 + device.set_slope
+    var = (stretch**2 + device.set_std_slope**2) * cov[0, 0]
     std = jnp.sqrt(var + analog.set_std(device, mean[0], p) ** 2)
     raised = mean[0] + analog.set_mean(device, mean[0], p) + std * NODES
     g = jnp.clip(raised, device.g_min, device.g_max)
-    shared = cov[0, 1] * (1 + device.set_slope) * jnp.mean(g * NODES) / std
-    cov = jnp.stack([jnp.stack([jnp.var(g), shared]), jnp.stack([shared, cov[1, 1]])])
-    return mean.at[0].set(jnp.mean(g)), cov
+    passed = stretch * jnp.mean(g * NODES) / std  # of a deviation
+    scale = jnp.array([[0.0, passed], [passed, 1.0]])
+    return mean.at[0].set(jnp.mean(g)), (scale * cov).at[0, 0].set(jnp.var(g))
 
 
 def seen(device, belief, read):
@@ -121,7 +125,7 @@ def seen(device, belief, read):
     left = jnp.exp(-mean[1] * log_age)
     expected, slope = mean[0] * left, jnp.stack([left, -mean[0] * left * log_age])
     error, reach = jnp.where(jnp.isnan(g), 0.0, g - expected), cov @ slope
-    spread = slope @ reach + (FLOOR * device.g_max) ** 2
+    spread = slope @ reach + RESOLVED**2
 
     def variance(level):
         return spread + device.law.read_std(level, level, log_age, device.t0) ** 2
@@ -141,33 +145,29 @@ def errors_of(device, g, log_age):
         belief, found = jax.lax.scan(partial(seen, device), belief, reads)
         return pulsed(device, belief, p), found
 
-    cov = jnp.diag(jnp.stack([device.reset_std, device.law.nu_std]) ** 2)
     mean = jnp.stack([device.reset_mean, device.law.nu_mean])
+    cov = jnp.diag(jnp.stack([device.reset_std, device.law.nu_std]) ** 2)
     p = jnp.exp(-jnp.arange(1.0, 1 + len(g)) / device.history_decay)
     return jax.lax.scan(step, (mean, cov), (g, log_age, p))[1]
 
 
-def device_of(values, g_max, t0):
+def device_of(values):
     """The Device of values [NAMES]."""
-    given = dict(zip(NAMES, values, strict=True))
-    law = analog.Nandakumar(*map(given.pop, analog.Nandakumar._fields))
-    device = analog.PCM._replace(law=law, g_max=g_max, t0=t0, **given)
+    device = jax.tree.unflatten(jax.tree.structure(PCM), values)
     return device._replace(g_min=jnp.maximum(device.reset_mean - 2 * device.reset_std, 0.0))
 
 
 @jax.jit
-def likelihood(values, g_max, t0, g, age):
+def likelihood(values, g, log_age):
     """Minus the log-density of all reads at values [NAMES], its gradient and Fisher information."""
-    known = jnp.isfinite(g)
-    log_age = jnp.log(jnp.where(known, age, t0) / t0)
 
     def errors(values):
-        found = jax.vmap(partial(errors_of, device_of(values, g_max, t0)))(g, log_age)
+        found = jax.vmap(partial(errors_of, device_of(values)))(g, log_age)
         found = [jnp.ravel(x) for x in found]
         return found, found
 
     (by_error, by_var), (error, log_var) = jax.jacfwd(errors, has_aux=True)(values)
-    known = jnp.ravel(known).astype(float)
+    known = jnp.ravel(jnp.isfinite(g)).astype(error.dtype)
     weight = known * jnp.exp(-log_var)
     excess = (known - weight * error**2) / 2
     loss = jnp.sum(known * log_var / 2 - excess)
@@ -179,62 +179,59 @@ def likelihood(values, g_max, t0, g, age):
 # ---- fit -----------------------------------------------------------------------------------------
 
 
-def values_of(device, g_max):
-    """Constants [NAMES] of a built-in device, their µS scaled to g_max."""
-    known, scale = analog.describe("", device), g_max / device.g_max
-    return np.array([known[x] * (1.0 if x in SHARES else scale) for x in NAMES])
-
-
-def search(free, start, data):
-    """Values [NAMES] at the highest likelihood, all but the free ones as at the start; minus its
-    logarithm; and standard errors [free]."""
-    free = np.isin(NAMES, free)
-    signed = np.isin(NAMES, SIGNED)[free]
+def search(names, start, data):
+    """Of the values at the highest likelihood, those of other names as at the start: minus its
+    logarithm, values [NAMES] and standard errors [NAMES], NaN where not free."""
+    free = np.isin(NAMES, names.split())
     values, damping, best = start, 1.0, likelihood(start, *data)
     for _ in range(N_STEPS):
-        unit = np.where(signed, start[free], values[free])
+        unit = np.where(SIGNED, start, values)[free]
         curvature = best[2][free][:, free] * np.outer(unit, unit) + damping * np.eye(len(unit))
-        step = -np.linalg.solve(curvature, best[1][free] * unit)
-        trial = values.copy()
-        trial[free] += unit * np.where(signed, step, np.expm1(np.clip(step, -1.0, 1.0)))
+        step = np.zeros(len(NAMES))
+        step[free] = -np.linalg.solve(curvature, best[1][free] * unit)
+        grown = np.maximum(values * np.exp(np.clip(step, -1.0, 1.0)), start / 100)
+        trial = np.where(SIGNED, values + start * step, grown)
         found = likelihood(trial, *data)
         gain = best[0] - found[0]
         if gain > 0:
             values, best = trial, found
         damping *= 0.1 if gain > 0 else 10.0
-        if abs(gain) < 1e-5:
+        if abs(gain) < 1e-3:
             break
-    print(_, damping, best[0])
-    errors = np.diag(np.linalg.inv(best[2][free][:, free])) ** 0.5
-    # what enters by its square alone has an error at 0 too
-    spread = np.isin(NAMES, ["reset_std", "nu_std"])[free]
-    by_square = np.sqrt(values[free] ** 2 + 2 * values[free] * errors) - values[free]
-    return values, best[0], np.where(spread, by_square, errors)
+    errors = np.full(len(NAMES), np.nan)
+    errors[free] = np.sqrt(np.diag(np.linalg.inv(best[2][free][:, free])))
+    return best[0], values, errors
 
 
 def told(g, age):
-    """Names of the constants that reads can tell, without history."""
-    several = g.shape[2] > 1
+    """Names of the constants that reads tell, without history."""
+    several, many = g.shape[2] > 1, len(g) > 1
     drifts = several and np.nanmax(age) > np.nanmin(age)
-    unknown = set(HISTORY)
-    if len(g) == 1:
-        unknown |= {"reset_std", "nu_std"}
-    if not several:
-        unknown |= {"read_slope", "read_offset"}
-    if not drifts:
-        unknown |= {"nu_mean", "nu_std"}
-    return [x for x in NAMES if x not in unknown]
+    groups = {
+        SET: True,
+        "reset_std ": many,
+        "read_slope read_offset ": several,
+        "nu_mean ": drifts,
+        "nu_std ": drifts and many,
+    }
+    return "".join(names for names, is_told in groups.items() if is_told)
 
 
 def fit(g, age, g_max):
-    """The fitted Device, and standard errors by name of the constants that are told by reads g (µS)
-    at ages (s), both [devices, pulses, reads]."""
-    free, t0 = told(g, age), float(np.nanmin(age))
-    data = g_max, t0, g, age
-    start = values_of(analog.PCM, g_max)
-    plain, loss, errors = search(free, start, data)
-    values, lower, errors_of_more = search(free + HISTORY, values_of(START, g_max), data)
-    if 2 * (loss - lower) > len(HISTORY) * np.log(np.sum(np.isfinite(g))):
-        plain, errors, free = values, errors_of_more, free + HISTORY
-    named = [x for x in NAMES if x in free]
-    return device_of(plain.tolist(), g_max, t0), dict(zip(named, errors.tolist(), strict=True))
+    """The Device fitted to reads g (µS) at ages (s), both [devices, pulses, reads]; and standard
+    errors by name, NaN of what they do not tell."""
+    t0, scale, names = float(np.nanmin(age)), g_max / PCM.g_max, told(g, age)
+    data = g / scale, np.log(np.where(np.isnan(g), t0, age) / t0)
+    starts = [np.array(jax.tree.leaves(x._replace(t0=t0))) for x in (PCM, PCM_HISTORY)]
+    loss, *plain = search(names, starts[0], data)
+    lower, *best = search(names + HISTORY, starts[1], data)
+    if 2 * (loss - lower) < 3 * np.log(np.sum(np.isfinite(g))):
+        best = plain
+    values, errors = (np.where(IN_US, scale, 1.0) * x for x in best)
+    # what enters by its square alone has an error at 0 too
+    by_square = np.sqrt(values**2 + 2 * values * errors) - values
+    errors = np.where(np.isin(NAMES, ["reset_std", "nu_std"]), by_square, errors)
+    device = device_of(values.tolist())
+    stop = device.set_offset / max(-device.set_slope, 1e-9)
+    device = device._replace(g_min=float(device.g_min), g_prog=min(g_max, BELOW_STOP * stop))
+    return device, dict(zip(NAMES, errors, strict=True))

@@ -37,6 +37,7 @@ if __name__ == "__main__":
             d, truth = {k: float(v) for k, v in analog.describe("x", found).items() if k not in ("name","law")}, analog.describe("x", device)
             if seed == 0: print(name, time.time()-t)
             for k, e in err.items():
+                if np.isnan(e): continue
                 zs.setdefault((name, k), []).append((d[k], truth[k], e))
     for k, v in zs.items():
         v = np.array(v); z=(v[:,0]-v[:,1])/v[:,2]
