@@ -331,6 +331,22 @@ def laws(name, panels):
     return figure
 
 
+@plain
+def curves(name, panels):
+    """Figure of measured and simulated devices, mean ± std: a panel for each {x label: (x,
+    measured, simulated)}, both [devices, x] in µS, NaN where nothing was measured."""
+    figure, axes = empty(4.2, 1, len(panels), squeeze=False)
+    figure.suptitle(f"{name}: mean ± std over devices", fontsize=12)
+    for ax, (xlabel, (x, measured, simulated)) in zip(axes[0], panels.items(), strict=True):
+        known = np.ma.masked_invalid(measured)
+        band(ax, x, known.mean(0), known.std(0), color=LATE, marker="o", label="measured")
+        mean, std = simulated.mean(0), simulated.std(0)
+        band(ax, x, mean, std, color=AFTER, ls="--", label="simulated")
+        ax.set(xlabel=xlabel, ylabel="G (µS)", xscale="log" if "age" in xlabel else "linear")
+    axes[0, 0].legend(fontsize=10, frameon=False)
+    return figure
+
+
 N_SHOWN = 64  # neurons of a layer in a raster
 
 

@@ -37,66 +37,67 @@ import analog  # noqa: E402
 import train  # noqa: E402
 from img import figures  # noqa: E402
 
-# The fit has the G of reads scaled to pcm's g_max. An array of values [NAMES] has the constants of
-# a device in the order of its tree's leaves.
-PCM, PCM_HISTORY = analog.PCM, analog.DEVICES["pcm_history"]
+# The fit has G in units in which g_max is pcm's. Values [NAMES] are the leaves of a Device's tree.
+START = analog.PCM, analog.DEVICES["pcm_history"]  # where the two laws are sought from
 NAMES = (*analog.Nandakumar._fields, *analog.Device._fields[1:-1])
-SET = "set_slope set_offset set_std_slope set_std_offset reset_mean "
-HISTORY = "set_history set_std_history history_decay "
 SIGNED = np.isin(NAMES, ["set_slope", "set_offset", "set_history"])
+SQUARED = np.isin(NAMES, ["reset_std", "nu_std"])  # what enters the likelihood by its square
 IN_US = [x.startswith(("g_", "reset")) or x.endswith(("offset", "history")) for x in NAMES]
-NODES = norm.ppf((np.arange(200) + 0.5) / 200)  # of a normal density, equally likely
-RESOLVED = 1e-4  # µS, where pcm's range is 12
+LOWEST = np.where(SIGNED, -np.inf, np.log(0.01))  # of x
+NODES = np.array(norm.ppf((np.arange(200) + 0.5) / 200), float)  # equally likely, N(0, 1)
+NODES /= NODES.std()
+RESOLVED = 1e-4  # of pcm's µS
 BELOW_STOP = 0.94  # g_prog, as a share of where SET stops raising G
-N_STEPS = 200  # of the search, at most
+N_STEPS = 200  # of a search, at most
 N_PAIRS = 500  # of simulated devices in the figure
 
 
 # ---- the file ------------------------------------------------------------------------------------
 
 
+def read_of(row):
+    """Device, pulse, age (s) and G (µS) of a row; nothing may be left of it."""
+    device, pulse, g = map(row.pop, ("device", "pulse", "g_uS"))
+    time = row.pop("time_s", "") or 0
+    if row:
+        raise ValueError(f"there is a cell of {', '.join(row)}")
+    return device, int(pulse), float(time), float(g)
+
+
 def columns_of(path):
-    """Device, pulse, G (µS) and age (s) of the reads of a file; Refused where it has none."""
+    """Device, pulse, age (s) and G (µS) of the reads of a file, arrays [reads] in this order;
+    Refused where it is not such a file."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        header, *rows = filter(None, csv.reader(text.splitlines()))
-        columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-        device, pulse, g = map(columns.pop, ("device", "pulse", "g_uS"))
-        age = [x.strip() or "0" for x in columns.pop("time_s", "0" * len(rows))]
-        g, age = np.array([g, age], float)
-        pulse = np.array(pulse, int)
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        what = "columns device, pulse, g_uS and perhaps time_s, with commas and decimal points"
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, restkey="no column")
+            reads = sorted(map(read_of, rows))
+        device, pulse, age, g = map(np.array, zip(*reads, strict=True))
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        what = "rows of device, pulse, g_uS and perhaps time_s, with commas and decimal points"
         raise train.Refused(f"{path} must have {what}: {error!r}") from None
     needs = {
-        f"{path} has a column that is unknown: {', '.join(columns)}": not columns,
-        f"{path}: leave out reads that are not numbers": np.all(np.isfinite(g + age)),
-        f"{path}: time_s must be 0 or more": np.min(age) >= 0,
-        f"{path}: pulse must be from 0 to 9999": np.all((pulse >= 0) & (pulse < 10_000)),
-        f"{path}: g_uS is in siemens, it seems; give µS": np.max(np.abs(g)) >= 1e-3,
+        f"{path}: leave out what is not a number": np.all(np.isfinite(g + age)),
+        f"{path}: time_s must be 0 or more": min(age) >= 0,
+        f"{path}: pulse must be from 0 to 9999": max(pulse) < 10_000,
+        f"{path} needs pulse 0, after RESET, and 2 at least": min(pulse) == 0 and max(pulse) > 1,
+        f"{path}: g_uS is in siemens, it seems; give µS": max(abs(g)) >= 1e-3,
     }
     train.refuse(needs)
-    return device, pulse, g, np.maximum(age, analog.MIN_AGE)
+    return device, pulse, np.maximum(age, analog.MIN_AGE), g
 
 
 def load(path):
     """Reads in µS and their ages in s, both [devices, pulses, reads], NaN where there is none;
     Refused where pulses do not raise G."""
-    device, pulse, g, age = columns_of(path)
+    device, pulse, age, g = columns_of(path)
+    rise = np.mean(g[pulse == max(pulse)]) - np.mean(g[pulse == 0])
+    train.refuse({f"{path}: pulses do not raise G, as those of SET do": rise > 0})
     names, device = np.unique(device, return_inverse=True)
-    shape = len(names), 1 + pulse.max()
+    shape = len(names), 1 + max(pulse)
     place = device * shape[1] + pulse
-    order = np.lexsort((age, place))
-    ordered = place[order]
-    rank = np.arange(len(place)) - np.searchsorted(ordered, ordered)
-    table = np.full((2, np.prod(shape), 1 + rank.max()), np.nan)
-    table[:, ordered, rank] = g[order], age[order]
-    first, last = g[pulse == 0], g[pulse == pulse.max()]
-    needs = {
-        f"{path} needs reads of pulse 0 (after RESET) to 2 or more": first.size and shape[1] > 2,
-        f"{path}: pulses do not raise G, as SET does": np.mean(last) > np.mean(first),
-    }
-    train.refuse(needs)
+    rank = np.arange(len(place)) - np.searchsorted(place, place)
+    table = np.full((2, np.prod(shape), 1 + max(rank)), np.nan)
+    table[:, place, rank] = g, age
     return table.reshape(2, *shape, -1)
 
 
@@ -123,16 +124,15 @@ def seen(device, belief, read):
     its error and log-variance. A g of NaN tells nothing."""
     (mean, cov), (g, log_age) = belief, read
     left = jnp.exp(-mean[1] * log_age)
-    expected, slope = mean[0] * left, jnp.stack([left, -mean[0] * left * log_age])
-    error, reach = jnp.where(jnp.isnan(g), 0.0, g - expected), cov @ slope
-    spread = slope @ reach + RESOLVED**2
-
-    def variance(level):
-        return spread + device.law.read_std(level, level, log_age, device.t0) ** 2
-
-    # noise at what the read says, not at what was expected
-    var = variance(expected + spread / variance(expected) * error)
-    gain = jnp.where(jnp.isnan(g), 0.0, reach / var)
+    expected = mean[0] * left
+    slope = jnp.stack([left, -expected * log_age])
+    # a read is closer to the G that sets its noise than what was expected
+    g, is_read = jnp.where(jnp.isnan(g), expected, g), ~jnp.isnan(g)
+    noise = device.law.read_std(g, g, log_age, device.t0)
+    reach = cov @ slope
+    var = slope @ reach + noise**2 + RESOLVED**2
+    gain = jnp.where(is_read, reach / var, 0.0)
+    error = g - expected
     return (mean + gain * error, cov - jnp.outer(gain, reach)), (error, jnp.log(var))
 
 
@@ -151,23 +151,32 @@ def errors_of(device, g, log_age):
     return jax.lax.scan(step, (mean, cov), (g, log_age, p))[1]
 
 
+def values_of(x, held, start):
+    """Values [NAMES] of an unbounded x, start at x = 0 and where held."""
+    return jnp.where(held, start, start * jnp.where(SIGNED, 1 + x, jnp.exp(x)))
+
+
 def device_of(values):
-    """The Device of values [NAMES]."""
-    device = jax.tree.unflatten(jax.tree.structure(PCM), values)
-    return device._replace(g_min=jnp.maximum(device.reset_mean - 2 * device.reset_std, 0.0))
+    """The Device of values [NAMES]; g_min and g_prog follow from the others."""
+    device = jax.tree.unflatten(jax.tree.structure(analog.PCM), values)
+    low = device.reset_mean - 2 * device.reset_std
+    stop = device.set_offset / jnp.maximum(-device.set_slope, 1e-9)
+    high = jnp.minimum(device.g_max, BELOW_STOP * stop)
+    return device._replace(g_min=jnp.maximum(low, 0.0), g_prog=high)
 
 
 @jax.jit
-def likelihood(values, g, log_age):
-    """Minus the log-density of all reads at values [NAMES], its gradient and Fisher information."""
+def likelihood(x, held, start, g, log_age):
+    """Minus the log-density of all reads at x [NAMES], its gradient and Fisher information."""
 
-    def errors(values):
-        found = jax.vmap(partial(errors_of, device_of(values)))(g, log_age)
-        found = [jnp.ravel(x) for x in found]
-        return found, found
+    def errors(x):
+        device = device_of(values_of(x, held, start))
+        found = jax.vmap(partial(errors_of, device))(g, log_age)
+        return [jnp.ravel(part) for part in found]
 
-    (by_error, by_var), (error, log_var) = jax.jacfwd(errors, has_aux=True)(values)
-    known = jnp.ravel(jnp.isfinite(g)).astype(error.dtype)
+    error, log_var = errors(x)
+    by_error, by_var = jax.jacfwd(errors)(x)  # [reads, NAMES]
+    known = 1.0 - jnp.ravel(jnp.isnan(g))
     weight = known * jnp.exp(-log_var)
     excess = (known - weight * error**2) / 2
     loss = jnp.sum(known * log_var / 2 - excess)
@@ -179,59 +188,120 @@ def likelihood(values, g, log_age):
 # ---- fit -----------------------------------------------------------------------------------------
 
 
-def search(names, start, data):
-    """Of the values at the highest likelihood, those of other names as at the start: minus its
-    logarithm, values [NAMES] and standard errors [NAMES], NaN where not free."""
-    free = np.isin(NAMES, names.split())
-    values, damping, best = start, 1.0, likelihood(start, *data)
+def search(start, held, data):
+    """BIC, values [NAMES] and their standard errors [NAMES] at the highest likelihood; held values
+    stay at the start, and so do those that reads do not tell. The errors of both are NaN."""
+    x, damping = np.zeros(len(NAMES)), 1.0
+    loss, gradient, information = likelihood(x, held, start, *data)
     for _ in range(N_STEPS):
-        unit = np.where(SIGNED, start, values)[free]
-        curvature = best[2][free][:, free] * np.outer(unit, unit) + damping * np.eye(len(unit))
-        step = np.zeros(len(NAMES))
-        step[free] = -np.linalg.solve(curvature, best[1][free] * unit)
-        grown = np.maximum(values * np.exp(np.clip(step, -1.0, 1.0)), start / 100)
-        trial = np.where(SIGNED, values + start * step, grown)
-        found = likelihood(trial, *data)
-        gain = best[0] - found[0]
-        if gain > 0:
-            values, best = trial, found
+        step = np.linalg.solve(information + damping * np.eye(len(x)), gradient)
+        trial = np.maximum(x - np.clip(step, -1.0, 1.0), LOWEST)
+        found = likelihood(trial, held, start, *data)
+        gain = loss - found[0]
         damping *= 0.1 if gain > 0 else 10.0
+        if gain > 0:
+            x, (loss, gradient, information) = trial, found
         if abs(gain) < 1e-3:
             break
-    errors = np.full(len(NAMES), np.nan)
-    errors[free] = np.sqrt(np.diag(np.linalg.inv(best[2][free][:, free])))
-    return best[0], values, errors
-
-
-def told(g, age):
-    """Names of the constants that reads tell, without history."""
-    several, many = g.shape[2] > 1, len(g) > 1
-    drifts = several and np.nanmax(age) > np.nanmin(age)
-    groups = {
-        SET: True,
-        "reset_std ": many,
-        "read_slope read_offset ": several,
-        "nu_mean ": drifts,
-        "nu_std ": drifts and many,
-    }
-    return "".join(names for names, is_told in groups.items() if is_told)
+    told, values = np.diag(information) > 0, np.array(values_of(x, held, start))
+    variance = np.diag(np.linalg.inv(information + np.diag(1.0 - told)))
+    error = np.where(told, variance, np.nan) ** 0.5
+    # what enters by its square has an error at 0 too
+    error = np.where(SQUARED, np.sqrt(1 + 2 * error) - 1, error)
+    bic = 2 * loss + sum(told) * np.log(np.sum(np.isfinite(data[0])))
+    return bic, values, error * np.where(SIGNED, abs(start), values)
 
 
 def fit(g, age, g_max):
     """The Device fitted to reads g (µS) at ages (s), both [devices, pulses, reads]; and standard
     errors by name, NaN of what they do not tell."""
-    t0, scale, names = float(np.nanmin(age)), g_max / PCM.g_max, told(g, age)
+    t0, scale = np.nanmin(age), g_max / analog.PCM.g_max
+    held = ["g_max"]
+    held += ["reset_std", "nu_std"] * (len(g) == 1)
+    held += ["read_slope", "read_offset"] * (g.shape[2] == 1)
     data = g / scale, np.log(np.where(np.isnan(g), t0, age) / t0)
-    starts = [np.array(jax.tree.leaves(x._replace(t0=t0))) for x in (PCM, PCM_HISTORY)]
-    loss, *plain = search(names, starts[0], data)
-    lower, *best = search(names + HISTORY, starts[1], data)
-    if 2 * (loss - lower) < 3 * np.log(np.sum(np.isfinite(g))):
-        best = plain
-    values, errors = (np.where(IN_US, scale, 1.0) * x for x in best)
-    # what enters by its square alone has an error at 0 too
-    by_square = np.sqrt(values**2 + 2 * values * errors) - values
-    errors = np.where(np.isin(NAMES, ["reset_std", "nu_std"]), by_square, errors)
-    device = device_of(values.tolist())
-    stop = device.set_offset / max(-device.set_slope, 1e-9)
-    device = device._replace(g_min=float(device.g_min), g_prog=min(g_max, BELOW_STOP * stop))
-    return device, dict(zip(NAMES, errors, strict=True))
+    starts = [np.array(jax.tree.leaves(device)) for device in START]
+    with jax.enable_x64(True):
+        found = [search(start, np.isin(NAMES, held), data) for start in starts]
+        _, *best = min(found, key=lambda law: law[0])
+        values, errors = (np.where(IN_US, scale, 1.0) * x for x in best)
+        device = jax.tree.map(float, device_of(values))
+    return device._replace(t0=float(t0)), dict(zip(NAMES, errors, strict=True))
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def simulate(key, device, n_pairs, n_pulses, ages):
+    """Reads (µS) of simulated devices after RESET and SET pulses, at ages (s): [2 · n_pairs,
+    1 + n_pulses, ages]."""
+    xbar, reads = analog.blank(key, device, (2, n_pairs, 1)), []
+    measure = jax.vmap(analog.measure, (0, None, None, 0))
+    for n in range(1 + n_pulses):
+        pulse_key, read_key = jax.random.split(jax.random.fold_in(key, n))
+        fired = jnp.ones_like(xbar.g)
+        xbar = analog.pulse(pulse_key, device, xbar, fired, 0.0, n == 0)
+        keys = jax.random.split(read_key, len(ages))
+        reads.append(measure(keys, device, xbar, ages))
+    return np.reshape(reads, (1 + n_pulses, len(ages), -1)).transpose(2, 0, 1)
+
+
+def draw(name, device, g, age):
+    """Figure of measured and simulated devices: after each pulse, and at the ages after that one
+    which was read most."""
+    ages = np.nanmean(age, (0, 1))
+    most = np.argmax(np.sum(np.isfinite(g), (0, 2)))
+    n_pulses = g.shape[1] - 1
+    simulated = simulate(jax.random.key(0), device, N_PAIRS, n_pulses, jnp.array(ages, float))
+    panels = {"SET pulses after RESET": (range(1 + n_pulses), g[:, :, 0], simulated[:, :, 0])}
+    if len(ages) > 1:
+        panels[f"age (s) after pulse {most}"] = ages, g[:, most], simulated[:, most]
+    return figures.curves(name, panels)
+
+
+def report(device, errors):
+    """What reads tell of the constants, in lines of text."""
+    constants = dict(zip(NAMES, jax.tree.leaves(device), strict=True))
+    told = [name for name in NAMES if errors[name] >= 0]
+    lines = [f"{name:<16}{constants.pop(name):>10.4g} ± {errors[name]:.2g}" for name in told]
+    rest = ", ".join(f"{name} {x:.4g}" for name, x in constants.items())
+    return "\n".join([*lines, f"not told by the reads, so as pcm's or as assumed: {rest}"])
+
+
+def execute(path, name, g_max):
+    """Fit the device of a file, print it, report and draw it."""
+    g, age = load(path)
+    g_max = g_max or max(analog.PCM.g_max, np.nanmax(g))
+    needs = {
+        f"--name {name} must be letters, digits and _": name.isidentifier(),
+        f"--name {name} is that of a built-in device": name not in analog.DEVICES,
+        f"--g_max {g_max:g} is below a tenth of the reads": g_max >= np.nanquantile(g, 0.9),
+    }
+    train.refuse(needs)
+    device, errors = fit(g, age, float(g_max))
+    constants = analog.describe(name, device)
+    try:
+        analog.from_constants(constants)
+    except ValueError as error:
+        raise train.Refused(f"{path} makes a device that cannot be: {error}") from None
+    print(report(device, errors), file=sys.stderr)
+    figure = path.with_suffix(".png")
+    train.write(figure, figures.png(draw(name, device, g, age), str(path)))
+    print(f"figure in {figure}", file=sys.stderr)
+    print(json.dumps(constants, indent=1))
+
+
+def main(argv=None):
+    """Run the command line."""
+    parser = train.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("curves", type=Path, help="CSV file of reads")
+    parser.add_argument("--name", default="mine", help="name of the device (mine)")
+    parser.add_argument("--g_max", type=float, help="µS, the highest G (default: 12, or more)")
+    with train.one_line_errors():
+        given = parser.parse_args(argv)
+        train.configure_backend()
+        execute(given.curves, given.name, given.g_max)
+
+
+if __name__ == "__main__":
+    main()
