@@ -167,7 +167,8 @@ def device_of(values):
 
 @jax.jit
 def likelihood(x, held, start, g, log_age):
-    """Minus the log-density of all reads at x [NAMES], its gradient and Fisher information."""
+    """Minus the log-density of all reads at x [NAMES], but for a constant, its gradient and Fisher
+    information."""
 
     def errors(x):
         device = device_of(values_of(x, held, start))
@@ -176,10 +177,10 @@ def likelihood(x, held, start, g, log_age):
 
     error, log_var = errors(x)
     by_error, by_var = jax.jacfwd(errors)(x)  # [reads, NAMES]
-    known = 1.0 - jnp.ravel(jnp.isnan(g))
+    known = jnp.where(jnp.isnan(jnp.ravel(g)), 0.0, 1.0)
     weight = known * jnp.exp(-log_var)
     excess = (known - weight * error**2) / 2
-    loss = jnp.sum(known * log_var / 2 - excess)
+    loss = jnp.sum(known * log_var + weight * error**2) / 2
     gradient = (weight * error) @ by_error + excess @ by_var
     information = (weight * by_error.T) @ by_error + (known * by_var.T) @ by_var / 2
     return loss, gradient, information
@@ -205,7 +206,7 @@ def search(start, held, data):
             break
     told, values = np.diag(information) > 0, np.array(values_of(x, held, start))
     variance = np.diag(np.linalg.inv(information + np.diag(1.0 - told)))
-    error = np.where(told, variance, np.nan) ** 0.5
+    error = np.where(told & (variance > 0), variance, np.nan) ** 0.5
     # what enters by its square has an error at 0 too
     error = np.where(SQUARED, np.sqrt(1 + 2 * error) - 1, error)
     bic = 2 * loss + sum(told) * np.log(np.sum(np.isfinite(data[0])))
