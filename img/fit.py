@@ -5,15 +5,17 @@
 
 A row of the CSV is a read, in any order: device (a label), pulse (0 after RESET, then the number of
 SET pulses since), g_uS (µS), and if wanted time_s, the seconds since that pulse. Several reads of a
-pulse tell read noise, several ages tell drift: that of the family nandakumar of analog.py. SET is
-fitted without history and with it, and history stays if it lowers BIC. Beside the CSV comes a
-figure, curves.png for curves.csv.
+pulse tell read noise, several ages tell drift: that of the family nandakumar of analog.py. From one
+read of each pulse, read_offset and reset_std are hardly told apart. SET is fitted without history
+and with it, and history stays if it lowers BIC. Beside the CSV comes a figure, curves.png for
+curves.csv.
 
 What is assumed: a read without time_s has the age analog.MIN_AGE. t0 is the earliest age, so that G
 is what the earliest reads see. A pulse acts on this G, whatever drift has left of it, as does
 analog.pulse. G is cut off at g_max and at g_min, which is reset_mean − 2·reset_std, at least 0.
-g_max is pcm's 12 µS, or the highest read if that is above. g_prog is 94 % of where SET stops
-raising G, as pcm's is, at most g_max. What reads cannot tell is pcm's, its µS scaled to g_max.
+g_max is pcm's 12 µS where the highest read is from half of it to all, else that read. g_prog is
+94 % of where SET stops raising G, as pcm's is, at most g_max. What reads cannot tell, as spreads
+from one device, is pcm's, its µS scaled to g_max.
 
 The likelihood is that of an extended Kalman filter with the state (G, ν) of each device. Its
 maximum is found by Fisher scoring, damped as by Levenberg; standard errors are of the information
@@ -41,13 +43,14 @@ from img import figures  # noqa: E402
 START = analog.PCM, analog.DEVICES["pcm_history"]  # where the two laws are sought from
 NAMES = (*analog.Nandakumar._fields, *analog.Device._fields[1:-1])
 SIGNED = np.isin(NAMES, ["set_slope", "set_offset", "set_history"])
-SQUARED = np.isin(NAMES, ["reset_std", "nu_std"])  # what enters the likelihood by its square
+SQUARED = np.isin(NAMES, ["reset_std", "nu_std", "read_offset"])
 IN_US = [x.startswith(("g_", "reset")) or x.endswith(("offset", "history")) for x in NAMES]
 LOWEST = np.where(SIGNED, -np.inf, np.log(0.01))  # of x
 NODES = np.array(norm.ppf((np.arange(200) + 0.5) / 200), float)  # equally likely, N(0, 1)
 NODES /= NODES.std()
 RESOLVED = 1e-4  # of pcm's µS
 BELOW_STOP = 0.94  # g_prog, as a share of where SET stops raising G
+N_LEAST = 30  # reads of a file
 N_STEPS = 200  # of a search, at most
 N_PAIRS = 500  # of simulated devices in the figure
 
@@ -189,28 +192,38 @@ def likelihood(x, held, start, g, log_age):
 # ---- fit -----------------------------------------------------------------------------------------
 
 
+def standard_errors(information, values, start):
+    """Standard errors of values [NAMES], NaN of what has no information [NAMES, NAMES] by x."""
+    told = np.diag(information) > 0
+    variance = np.diag(np.linalg.inv(information + np.diag(1.0 - told)))
+    of_x = np.where(told & (variance > 0), variance, np.nan) ** 0.5
+    # at G = 0, and ν, they enter by their squares: an error near 0 is of the square
+    of_x = np.where(SQUARED, np.sqrt(1 + 2 * of_x) - 1, of_x)
+    return of_x * np.where(SIGNED, abs(start), values)
+
+
 def search(start, held, data):
     """BIC, values [NAMES] and their standard errors [NAMES] at the highest likelihood; held values
     stay at the start, and so do those that reads do not tell. The errors of both are NaN."""
     x, damping = np.zeros(len(NAMES)), 1.0
-    loss, gradient, information = likelihood(x, held, start, *data)
+    best = likelihood(x, held, start, *data)
     for _ in range(N_STEPS):
+        loss, gradient, information = best
         step = np.linalg.solve(information + damping * np.eye(len(x)), gradient)
         trial = np.maximum(x - np.clip(step, -1.0, 1.0), LOWEST)
         found = likelihood(trial, held, start, *data)
         gain = loss - found[0]
-        damping *= 0.1 if gain > 0 else 10.0
         if gain > 0:
-            x, (loss, gradient, information) = trial, found
+            x, best, damping = trial, found, damping / 10
+        else:
+            damping *= 10
         if abs(gain) < 1e-3:
             break
-    told, values = np.diag(information) > 0, np.array(values_of(x, held, start))
-    variance = np.diag(np.linalg.inv(information + np.diag(1.0 - told)))
-    error = np.where(told & (variance > 0), variance, np.nan) ** 0.5
-    # what enters by its square has an error at 0 too
-    error = np.where(SQUARED, np.sqrt(1 + 2 * error) - 1, error)
-    bic = 2 * loss + sum(told) * np.log(np.sum(np.isfinite(data[0])))
-    return bic, values, error * np.where(SIGNED, abs(start), values)
+    loss, _, information = best
+    values = np.array(values_of(x, held, start))
+    n_told = np.sum(np.diag(information) > 0)
+    bic = 2 * loss + n_told * np.log(np.sum(np.isfinite(data[0])))
+    return bic, values, standard_errors(information, values, start)
 
 
 def fit(g, age, g_max):
@@ -219,7 +232,6 @@ def fit(g, age, g_max):
     t0, scale = np.nanmin(age), g_max / analog.PCM.g_max
     held = ["g_max"]
     held += ["reset_std", "nu_std"] * (len(g) == 1)
-    held += ["read_slope", "read_offset"] * (g.shape[2] == 1)
     data = g / scale, np.log(np.where(np.isnan(g), t0, age) / t0)
     starts = [np.array(jax.tree.leaves(device)) for device in START]
     with jax.enable_x64(True):
@@ -272,14 +284,17 @@ def report(device, errors):
 def execute(path, name, g_max):
     """Fit the device of a file, print it, report and draw it."""
     g, age = load(path)
-    g_max = g_max or max(analog.PCM.g_max, np.nanmax(g))
+    top = np.nanmax(g)
+    is_pcms = top <= analog.PCM.g_max <= 2 * top
+    g_max = g_max or float(analog.PCM.g_max if is_pcms else top)
     needs = {
+        f"{path} needs {N_LEAST} reads or more": np.sum(np.isfinite(g)) >= N_LEAST,
         f"--name {name} must be letters, digits and _": name.isidentifier(),
         f"--name {name} is that of a built-in device": name not in analog.DEVICES,
         f"--g_max {g_max:g} is below a tenth of the reads": g_max >= np.nanquantile(g, 0.9),
     }
     train.refuse(needs)
-    device, errors = fit(g, age, float(g_max))
+    device, errors = fit(g, age, g_max)
     constants = analog.describe(name, device)
     try:
         analog.from_constants(constants)
@@ -297,7 +312,7 @@ def main(argv=None):
     parser = train.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("curves", type=Path, help="CSV file of reads")
     parser.add_argument("--name", default="mine", help="name of the device (mine)")
-    parser.add_argument("--g_max", type=float, help="µS, the highest G (default: 12, or more)")
+    parser.add_argument("--g_max", type=float, help="µS, the highest G (default: by the reads)")
     with train.one_line_errors():
         given = parser.parse_args(argv)
         train.configure_backend()

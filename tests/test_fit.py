@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import analog
+import train
 from img import fit
 
 AGES = 38.6, 1e3, 1e5  # s
 PULSES = 8
 HEAD = "device,pulse,g_uS\n"
-RISES = "a,0,1\na,1,2\na,2,3\n"
+RISES = "".join(f"d{k % 10},{k // 10},{1 + k // 10}\n" for k in range(30))
 
 
 def simulated(name):
@@ -104,22 +105,19 @@ def test_the_likelihood_is_that_of_a_normal_density(x64):
 
 
 @pytest.mark.parametrize("n_devices", [1, 2])
-@pytest.mark.parametrize("n_reads", [1, 2])
-def test_what_reads_cannot_tell_stays(monkeypatch, n_devices, n_reads):
-    """Spreads between devices need two devices, read noise two reads of a pulse; both stay those
-    of pcm, µS scaled to g_max."""
+def test_spreads_of_one_device_are_those_of_pcm(monkeypatch, n_devices):
+    """Of one device they cannot be told; µS are scaled to g_max."""
 
     def search(start, held, data):
         return 0.0, start, np.where(held, np.nan, 1.0)
 
     monkeypatch.setattr(fit, "search", search)
-    g = np.ones((n_devices, 3, n_reads))
+    g = np.ones((n_devices, 3, 1))
     device, errors = fit.fit(g, g, 36.0)
-    stays = {name for name in fit.NAMES if np.isnan(errors[name])}
-    assert ({"reset_std", "nu_std"} <= stays) == (n_devices == 1)
-    assert ({"read_slope", "read_offset"} <= stays) == (n_reads == 1)
-    np.testing.assert_allclose(device.law.read_offset, 3 * 0.13)
-    assert device.law.read_slope == 0.03 and device.g_max == 36 and device.t0 == 1
+    held = {name for name in fit.NAMES if np.isnan(errors[name])}
+    assert held == ({"g_max", "reset_std", "nu_std"} if n_devices == 1 else {"g_max"})
+    np.testing.assert_allclose(device.reset_std, 3 * analog.PCM.reset_std)
+    assert device.law.nu_std == 0.008 and device.g_max == 36 and device.t0 == 1
 
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -160,6 +158,7 @@ def test_a_read_without_time_is_at_the_earliest_age(tmp_path):
         (HEAD + "a,0,1\na,1,2\n", "2 at least"),
         (HEAD + "a,-1,1\n" + RISES, "pulse 0"),
         (HEAD + RISES + "a,99999,4\n", "9999"),
+        (HEAD + "a,0,1\na,1,2\na,2,3\n", "30 reads"),
         (HEAD + "a,0,1e-6\na,1,2e-6\na,2,3e-6\n", "siemens"),
         (HEAD + "a,0,9\na,1,8\na,2,7\n", "do not raise G"),
         ("device,pulse,g_uS,time_s\na,0,1,-2\na,1,2,\na,2,3,\n", "time_s"),
@@ -190,11 +189,14 @@ def test_a_missing_file_is_refused_in_a_line(tmp_path):
 def test_the_command_line_prints_a_device_and_draws_it(tmp_path, monkeypatch):
     """The device that is fitted, here pcm_history, is what train.py reads."""
     known = analog.DEVICES["pcm_history"]
-    monkeypatch.setattr(fit, "fit", lambda *data: (known, dict.fromkeys(fit.NAMES, 0.5)))
+    errors = dict.fromkeys(fit.NAMES, np.nan) | {"set_slope": 0.5}
+    monkeypatch.setattr(fit, "fit", lambda *data: (known, errors))
     text = "device,pulse,g_uS,time_s\n" + "".join(lines_of(*simulated("pcm")))
     status, out, err = called(written(tmp_path, text), "--name", "mine", "--g_max", "12")
     assert status == 0 and analog.from_constants(json.loads(out)) == ("mine", known)
-    assert all(f"{name} " in err for name in fit.NAMES) and "± 0.5" in err
+    told, rest = err.split("not told by the reads")
+    assert told.split() == ["set_slope", "-0.084", "±", "0.5"]
+    assert all(f"{name} " in rest for name in fit.NAMES if name != "set_slope")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -212,3 +214,19 @@ def test_the_figure_shows_the_means_of_what_is_known(n_ages, n_panels):
         later = figure.axes[1].lines[0]
         np.testing.assert_allclose(later.get_xdata(), AGES)
         np.testing.assert_allclose(later.get_ydata(), np.mean(g[:, 4], 0))
+
+
+@pytest.mark.parametrize("top, g_max", [(5.0, 5.0), (7.0, 12.0), (12.0, 12.0), (30.0, 30.0)])
+def test_the_range_is_that_of_pcm_where_reads_fill_half_of_it(tmp_path, monkeypatch, top, g_max):
+    """Another --g_max is taken as it is."""
+    given = []
+
+    def fitted(g, age, g_max):
+        given.append(g_max)
+        raise train.Refused("enough")
+
+    monkeypatch.setattr(fit, "fit", fitted)
+    path = written(tmp_path, HEAD + RISES + f"d0,2,{top}\n")
+    called(path)
+    called(path, "--g_max", "40")
+    assert given == [g_max, 40.0]
