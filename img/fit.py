@@ -40,13 +40,21 @@ import train  # noqa: E402
 from img import figures  # noqa: E402
 
 # The fit has G in units in which g_max is pcm's. Values [NAMES] are the leaves of a Device's tree.
-START = analog.PCM, analog.DEVICES["pcm_history"]  # where the two laws are sought from
+START = (
+    analog.PCM,
+    analog.DEVICES["pcm_history"],
+)  # where the two laws are sought from
 NAMES = (*analog.Nandakumar._fields, *analog.Device._fields[1:-1])
 SIGNED = np.isin(NAMES, ["set_slope", "set_offset", "set_history"])
-SQUARED = np.isin(NAMES, ["reset_std", "nu_std", "read_offset"])
-IN_US = [x.startswith(("g_", "reset")) or x.endswith(("offset", "history")) for x in NAMES]
+SQUARED = np.isin(NAMES, ["reset_std", "nu_std"])
+IN_US = [
+    x.startswith(("g_", "reset")) or x.endswith(("offset", "history"))
+    for x in NAMES
+]
 LOWEST = np.where(SIGNED, -np.inf, np.log(0.01))  # of x
-NODES = np.array(norm.ppf((np.arange(200) + 0.5) / 200), float)  # equally likely, N(0, 1)
+NODES = np.array(
+    norm.ppf((np.arange(200) + 0.5) / 200), float
+)  # equally likely, N(0, 1)
 NODES /= NODES.std()
 RESOLVED = 1e-4  # of pcm's µS
 BELOW_STOP = 0.94  # g_prog, as a share of where SET stops raising G
@@ -79,10 +87,13 @@ def columns_of(path):
         what = "rows of device, pulse, g_uS and perhaps time_s, with commas and decimal points"
         raise train.Refused(f"{path} must have {what}: {error!r}") from None
     needs = {
-        f"{path}: leave out what is not a number": np.all(np.isfinite(g + age)),
+        f"{path}: leave out what is not a number": np.all(
+            np.isfinite(g + age)
+        ),
         f"{path}: time_s must be 0 or more": min(age) >= 0,
         f"{path}: pulse must be from 0 to 9999": max(pulse) < 10_000,
-        f"{path} needs pulse 0, after RESET, and 2 at least": min(pulse) == 0 and max(pulse) > 1,
+        f"{path} needs pulse 0, after RESET, and 2 at least": min(pulse) == 0
+        and max(pulse) > 1,
         f"{path}: g_uS is in siemens, it seems; give µS": max(abs(g)) >= 1e-3,
     }
     train.refuse(needs)
@@ -94,7 +105,9 @@ def load(path):
     Refused where pulses do not raise G."""
     device, pulse, age, g = columns_of(path)
     rise = np.mean(g[pulse == max(pulse)]) - np.mean(g[pulse == 0])
-    train.refuse({f"{path}: pulses do not raise G, as those of SET do": rise > 0})
+    train.refuse(
+        {f"{path}: pulses do not raise G, as those of SET do": rise > 0}
+    )
     names, device = np.unique(device, return_inverse=True)
     shape = len(names), 1 + max(pulse)
     place = device * shape[1] + pulse
@@ -136,7 +149,10 @@ def seen(device, belief, read):
     var = slope @ reach + noise**2 + RESOLVED**2
     gain = jnp.where(is_read, reach / var, 0.0)
     error = g - expected
-    return (mean + gain * error, cov - jnp.outer(gain, reach)), (error, jnp.log(var))
+    return (mean + gain * error, cov - jnp.outer(gain, reach)), (
+        error,
+        jnp.log(var),
+    )
 
 
 def errors_of(device, g, log_age):
@@ -156,7 +172,9 @@ def errors_of(device, g, log_age):
 
 def values_of(x, held, start):
     """Values [NAMES] of an unbounded x, start at x = 0 and where held."""
-    return jnp.where(held, start, start * jnp.where(SIGNED, 1 + x, jnp.exp(x)))
+    return jnp.where(
+        held, start, start * jnp.where(SIGNED, 1 + x, jnp.exp(x))
+    )
 
 
 def device_of(values):
@@ -185,7 +203,9 @@ def likelihood(x, held, start, g, log_age):
     excess = (known - weight * error**2) / 2
     loss = jnp.sum(known * log_var + weight * error**2) / 2
     gradient = (weight * error) @ by_error + excess @ by_var
-    information = (weight * by_error.T) @ by_error + (known * by_var.T) @ by_var / 2
+    information = (weight * by_error.T) @ by_error + (
+        known * by_var.T
+    ) @ by_var / 2
     return loss, gradient, information
 
 
@@ -197,7 +217,7 @@ def standard_errors(information, values, start):
     told = np.diag(information) > 0
     variance = np.diag(np.linalg.inv(information + np.diag(1.0 - told)))
     of_x = np.where(told & (variance > 0), variance, np.nan) ** 0.5
-    # at G = 0, and ν, they enter by their squares: an error near 0 is of the square
+    # what enters by its square has an error at 0 too
     of_x = np.where(SQUARED, np.sqrt(1 + 2 * of_x) - 1, of_x)
     return of_x * np.where(SIGNED, abs(start), values)
 
@@ -209,7 +229,9 @@ def search(start, held, data):
     best = likelihood(x, held, start, *data)
     for _ in range(N_STEPS):
         loss, gradient, information = best
-        step = np.linalg.solve(information + damping * np.eye(len(x)), gradient)
+        step = np.linalg.solve(
+            information + damping * np.eye(len(x)), gradient
+        )
         trial = np.maximum(x - np.clip(step, -1.0, 1.0), LOWEST)
         found = likelihood(trial, held, start, *data)
         gain = loss - found[0]
@@ -235,11 +257,15 @@ def fit(g, age, g_max):
     data = g / scale, np.log(np.where(np.isnan(g), t0, age) / t0)
     starts = [np.array(jax.tree.leaves(device)) for device in START]
     with jax.enable_x64(True):
-        found = [search(start, np.isin(NAMES, held), data) for start in starts]
+        found = [
+            search(start, np.isin(NAMES, held), data) for start in starts
+        ]
         _, *best = min(found, key=lambda law: law[0])
         values, errors = (np.where(IN_US, scale, 1.0) * x for x in best)
         device = jax.tree.map(float, device_of(values))
-    return device._replace(t0=float(t0)), dict(zip(NAMES, errors, strict=True))
+    return device._replace(t0=float(t0)), dict(
+        zip(NAMES, errors, strict=True)
+    )
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -265,10 +291,22 @@ def draw(name, device, g, age):
     ages = np.nanmean(age, (0, 1))
     most = np.argmax(np.sum(np.isfinite(g), (0, 2)))
     n_pulses = g.shape[1] - 1
-    simulated = simulate(jax.random.key(0), device, N_PAIRS, n_pulses, jnp.array(ages, float))
-    panels = {"SET pulses after RESET": (range(1 + n_pulses), g[:, :, 0], simulated[:, :, 0])}
+    simulated = simulate(
+        jax.random.key(0), device, N_PAIRS, n_pulses, jnp.array(ages, float)
+    )
+    panels = {
+        "SET pulses after RESET": (
+            range(1 + n_pulses),
+            g[:, :, 0],
+            simulated[:, :, 0],
+        )
+    }
     if len(ages) > 1:
-        panels[f"age (s) after pulse {most}"] = ages, g[:, most], simulated[:, most]
+        panels[f"age (s) after pulse {most}"] = (
+            ages,
+            g[:, most],
+            simulated[:, most],
+        )
     return figures.curves(name, panels)
 
 
@@ -276,9 +314,14 @@ def report(device, errors):
     """What reads tell of the constants, in lines of text."""
     constants = dict(zip(NAMES, jax.tree.leaves(device), strict=True))
     told = [name for name in NAMES if errors[name] >= 0]
-    lines = [f"{name:<16}{constants.pop(name):>10.4g} ± {errors[name]:.2g}" for name in told]
+    lines = [
+        f"{name:<16}{constants.pop(name):>10.4g} ± {errors[name]:.2g}"
+        for name in told
+    ]
     rest = ", ".join(f"{name} {x:.4g}" for name, x in constants.items())
-    return "\n".join([*lines, f"not told by the reads, so as pcm's or as assumed: {rest}"])
+    return "\n".join(
+        [*lines, f"not told by the reads, so as pcm's or as assumed: {rest}"]
+    )
 
 
 def execute(path, name, g_max):
@@ -288,10 +331,13 @@ def execute(path, name, g_max):
     is_pcms = top <= analog.PCM.g_max <= 2 * top
     g_max = g_max or float(analog.PCM.g_max if is_pcms else top)
     needs = {
-        f"{path} needs {N_LEAST} reads or more": np.sum(np.isfinite(g)) >= N_LEAST,
+        f"{path} needs {N_LEAST} reads or more": np.sum(np.isfinite(g))
+        >= N_LEAST,
         f"--name {name} must be letters, digits and _": name.isidentifier(),
-        f"--name {name} is that of a built-in device": name not in analog.DEVICES,
-        f"--g_max {g_max:g} is below a tenth of the reads": g_max >= np.nanquantile(g, 0.9),
+        f"--name {name} is that of a built-in device": name
+        not in analog.DEVICES,
+        f"--g_max {g_max:g} is below a tenth of the reads": g_max
+        >= np.nanquantile(g, 0.9),
     }
     train.refuse(needs)
     device, errors = fit(g, age, g_max)
@@ -299,8 +345,13 @@ def execute(path, name, g_max):
     try:
         analog.from_constants(constants)
     except ValueError as error:
-        raise train.Refused(f"{path} makes a device that cannot be: {error}") from None
+        raise train.Refused(
+            f"{path} makes a device that cannot be: {error}"
+        ) from None
     print(report(device, errors), file=sys.stderr)
+    if g.shape[2] == 1:
+        warning = "with one read of a pulse, read_offset and reset_std are hardly told apart"
+        print(warning, file=sys.stderr)
     figure = path.with_suffix(".png")
     train.write(figure, figures.png(draw(name, device, g, age), str(path)))
     print(f"figure in {figure}", file=sys.stderr)
@@ -311,8 +362,14 @@ def main(argv=None):
     """Run the command line."""
     parser = train.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("curves", type=Path, help="CSV file of reads")
-    parser.add_argument("--name", default="mine", help="name of the device (mine)")
-    parser.add_argument("--g_max", type=float, help="µS, the highest G (default: by the reads)")
+    parser.add_argument(
+        "--name", default="mine", help="name of the device (mine)"
+    )
+    parser.add_argument(
+        "--g_max",
+        type=float,
+        help="µS, the highest G (default: by the reads)",
+    )
     with train.one_line_errors():
         given = parser.parse_args(argv)
         train.configure_backend()
