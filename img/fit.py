@@ -324,20 +324,23 @@ def report(device, errors):
     )
 
 
+def range_of(g, given):
+    """g_max (µS) of reads g (µS): the given one, else as said above."""
+    top = np.nanmax(g)
+    is_pcms = top <= analog.PCM.g_max <= 2 * top
+    return given or float(analog.PCM.g_max if is_pcms else top)
+
+
 def execute(path, name, g_max):
     """Fit the device of a file, print it, report and draw it."""
     g, age = load(path)
-    top = np.nanmax(g)
-    is_pcms = top <= analog.PCM.g_max <= 2 * top
-    g_max = g_max or float(analog.PCM.g_max if is_pcms else top)
+    g_max = range_of(g, g_max)
+    is_in_range = g_max >= np.nanquantile(g, 0.9)
     needs = {
-        f"{path} needs {N_LEAST} reads or more": np.sum(np.isfinite(g))
-        >= N_LEAST,
+        f"{path} needs {N_LEAST} reads or more": np.sum(np.isfinite(g)) >= N_LEAST,
         f"--name {name} must be letters, digits and _": name.isidentifier(),
-        f"--name {name} is that of a built-in device": name
-        not in analog.DEVICES,
-        f"--g_max {g_max:g} is below a tenth of the reads": g_max
-        >= np.nanquantile(g, 0.9),
+        f"--name {name} is that of a built-in device": name not in analog.DEVICES,
+        f"--g_max {g_max:g} is below a tenth of the reads": is_in_range,
     }
     train.refuse(needs)
     device, errors = fit(g, age, g_max)
