@@ -331,6 +331,16 @@ def range_of(g, given):
     return given or float(analog.PCM.g_max if is_pcms else top)
 
 
+def constants_of(path, name, device):
+    """The constants of a device fitted to a file; Refused where they contradict each other."""
+    constants = analog.describe(name, device)
+    try:
+        analog.from_constants(constants)
+    except ValueError as error:
+        raise train.Refused(f"{path} makes a device that cannot be: {error}") from None
+    return constants
+
+
 def execute(path, name, g_max):
     """Fit the device of a file, print it, report and draw it."""
     g, age = load(path)
@@ -344,13 +354,7 @@ def execute(path, name, g_max):
     }
     train.refuse(needs)
     device, errors = fit(g, age, g_max)
-    constants = analog.describe(name, device)
-    try:
-        analog.from_constants(constants)
-    except ValueError as error:
-        raise train.Refused(
-            f"{path} makes a device that cannot be: {error}"
-        ) from None
+    constants = constants_of(path, name, device)
     print(report(device, errors), file=sys.stderr)
     if g.shape[2] == 1:
         warning = "with one read of a pulse, read_offset and reset_std are hardly told apart"
