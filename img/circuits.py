@@ -5,8 +5,8 @@
     python img/circuits.py scales RUN                           full scales of a network
 
 Each row has the chips, tasks and random draws of the first. Full scales are the 99.9 % quantiles of
-what img/trained has on 64 other chips of `pcm` (--scales prints those of a run): a converter clips
-what is beyond.
+what img/trained has on 64 chips of `pcm`; that of the output is the largest target and a fifth more.
+A converter clips what is beyond.
 """
 
 import argparse
@@ -27,9 +27,9 @@ import network  # noqa: E402
 import train  # noqa: E402
 from img import figures, parts  # noqa: E402
 
-CURRENTS = 0.5, 1.5, 6.0  # full scales of what layers 0 and 1 and the readout add in a step
-TRACES = 0.5  # that of traces
-GRADIENT = 10.0  # that of a look's gradient
+CURRENTS = 1.15, 4.3, 6.0  # full scales of layers 0 and 1 in a step, and of the output
+TRACES = 1.1  # that of traces
+GRADIENT = 1.25  # that of a look's gradient
 
 
 # ---- circuits ------------------------------------------------------------------------------------
