@@ -4,9 +4,9 @@
     python img/circuits.py NAME [flags of train.py]             a network that is trained with one
     python img/circuits.py scales RUN                           full scales of a network
 
-Each row has the chips, tasks and random draws of the first. Full scales are the 99.9 % quantiles of
-what img/trained has on 64 chips of `pcm`; that of the output is the largest target and a fifth more.
-A converter clips what is beyond.
+Each row has the chips, tasks and random draws of the first. Full scales are the 99.9 % quantiles
+of what img/trained has on 64 chips of `pcm`; that of the output is the largest target and a fifth
+more. A converter clips what is beyond.
 """
 
 import argparse
