@@ -86,17 +86,12 @@ def columns_of(path):
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         what = "rows of device, pulse, g_uS and perhaps time_s, with commas and decimal points"
         raise train.Refused(f"{path} must have {what}: {error!r}") from None
-    needs = {
-        f"{path}: leave out what is not a number": np.all(
-            np.isfinite(g + age)
-        ),
-        f"{path}: time_s must be 0 or more": min(age) >= 0,
-        f"{path}: pulse must be from 0 to 9999": max(pulse) < 10_000,
-        f"{path} needs pulse 0, after RESET, and 2 at least": min(pulse) == 0
-        and max(pulse) > 1,
-        f"{path}: g_uS is in siemens, it seems; give µS": max(abs(g)) >= 1e-3,
-    }
-    train.refuse(needs)
+    has_pulses = min(pulse) == 0 and max(pulse) > 1
+    train.require(np.all(np.isfinite(g + age)), f"{path}: leave out what is not a number")
+    train.require(min(age) >= 0, f"{path}: time_s must be 0 or more")
+    train.require(max(pulse) < 10_000, f"{path}: pulse must be from 0 to 9999")
+    train.require(has_pulses, f"{path} needs pulse 0, after RESET, and 2 at least")
+    train.require(max(abs(g)) >= 1e-3, f"{path}: g_uS is in siemens, it seems; give µS")
     return device, pulse, np.maximum(age, analog.MIN_AGE), g
 
 
@@ -105,9 +100,7 @@ def load(path):
     Refused where pulses do not raise G."""
     device, pulse, age, g = columns_of(path)
     rise = np.mean(g[pulse == max(pulse)]) - np.mean(g[pulse == 0])
-    train.refuse(
-        {f"{path}: pulses do not raise G, as those of SET do": rise > 0}
-    )
+    train.require(rise > 0, f"{path}: pulses do not raise G, as those of SET do")
     names, device = np.unique(device, return_inverse=True)
     shape = len(names), 1 + max(pulse)
     place = device * shape[1] + pulse
@@ -345,14 +338,12 @@ def execute(path, name, g_max):
     """Fit the device of a file, print it, report and draw it."""
     g, age = load(path)
     g_max = range_of(g, g_max)
-    is_in_range = g_max >= np.nanquantile(g, 0.9)
-    needs = {
-        f"{path} needs {N_LEAST} reads or more": np.sum(np.isfinite(g)) >= N_LEAST,
-        f"--name {name} must be letters, digits and _": name.isidentifier(),
-        f"--name {name} is that of a built-in device": name not in analog.DEVICES,
-        f"--g_max {g_max:g} is below a tenth of the reads": is_in_range,
-    }
-    train.refuse(needs)
+    n_reads, is_in_range = np.sum(np.isfinite(g)), g_max >= np.nanquantile(g, 0.9)
+    is_free = name not in analog.DEVICES
+    train.require(n_reads >= N_LEAST, f"{path} needs {N_LEAST} reads or more")
+    train.require(name.isidentifier(), f"--name {name} must be letters, digits and _")
+    train.require(is_free, f"--name {name} is that of a built-in device")
+    train.require(is_in_range, f"--g_max {g_max:g} is below a tenth of the reads")
     device, errors = fit(g, age, g_max)
     constants = constants_of(path, name, device)
     print(report(device, errors), file=sys.stderr)
