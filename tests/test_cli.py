@@ -309,9 +309,8 @@ def test_the_order_of_devices_is_that_of_the_report_alone(quick):
 # ---- interruptions -------------------------------------------------------------------------------
 
 
-def quick_process(folder, *flags):
+def quick_process(folder, *flags, command="import conftest; conftest.quick_main()"):
     """A run of stand-ins in a process of its own."""
-    command = "import conftest; conftest.quick_main()"
     return launch(folder, "-c", command, *TINY, "--n_iter", "24", "--run_dir", "run", *flags)
 
 
@@ -409,6 +408,47 @@ def test_what_has_changed_since_is_said(quick):
     config.write_text(json.dumps(saved))
     _, out, _ = call("--n_iter", "6", "--run_dir", "mine", "--resume")
     assert "after iteration 4; changed since: ['jax', 'x64']" in out
+
+
+def test_a_resume_that_only_tests_keeps_the_versions_of_the_training(quick):
+    assert call("--run_dir", "mine")[0] == 0
+    config = quick / "mine" / "config.json"
+    saved = json.loads(config.read_text())
+    saved["versions"]["jax"] = "0.0"
+    config.write_text(json.dumps(saved))
+    assert call("--run_dir", "mine", "--resume")[0] == 0
+    assert json.loads(config.read_text())["versions"]["jax"] == "0.0"
+    assert call("--run_dir", "mine", "--resume", "--n_iter", "8")[0] == 0
+    assert json.loads(config.read_text())["versions"]["jax"] == jax.__version__
+
+
+def test_the_commit_is_that_of_the_scripts(tmp_path, monkeypatch):
+    """Not that of a repository which the environment names."""
+    train.provenance.cache_clear()
+    expected = train.provenance()["commit"]
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    train.provenance.cache_clear()
+    assert train.provenance()["commit"] == expected
+
+
+def test_numbers_that_are_not_finite_are_null_and_counted(here):
+    found = train.summary([[1.0, np.nan], [2.0, 3.0], [np.inf, 4.0]])
+    train.write_json(here / "x.json", found)
+    saved = json.loads((here / "x.json").read_text())
+    assert saved == {"mean": [None, None], "n": 3, "not_finite": 2}
+
+
+def test_a_mean_of_many_keeps_its_digits():
+    x = np.full(2**20, 0.1, np.float32)
+    assert train.summary(x)["mean"] == pytest.approx(np.float32(0.1), rel=1e-12)
+
+
+def test_a_run_needs_no_stdout(quick):
+    close = "import sys; sys.stdout = None; import conftest; conftest.quick_main()"
+    process = quick_process(quick, "--n_iter", "2", command=close)
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (0, "")
+    assert arrays(quick / "run")["step"] == 2
 
 
 # ---- the command line ----------------------------------------------------------------------------
