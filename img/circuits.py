@@ -110,13 +110,13 @@ def stuck(name, device):
 # ---- errors with each ----------------------------------------------------------------------------
 
 
-def frozen(key, device, target):
-    """A new crossbar as analog.deploy makes it, with the read noise of one read in G: it stays the
-    same from read to read."""
+def frozen(noisy, key, device, target):
+    """A new crossbar as analog.deploy makes it, with the read noise of the device noisy in G: it
+    stays the same from read to read."""
     make_key, noise_key = jax.random.split(key)
-    xbar = analog.deploy(make_key, device, target)
+    xbar = analog.deploy(make_key, noisy, target)
     r, age = xbar.g / device.g_max, device.t0
-    std = device.law.read_std(xbar.g, r, age, device.t0)
+    std = noisy.law.read_std(xbar.g, r, age, device.t0)
     return xbar._replace(g=xbar.g + std * jax.random.normal(noise_key, target.shape))
 
 
