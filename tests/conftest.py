@@ -66,7 +66,7 @@ def begun(cfg, devices):
     """The run that begins."""
     families = train.families_of(cfg)
     _, state = started(cfg, devices, families.training)
-    return train.Run(cfg, devices, families, state)
+    return train.Run(cfg, devices, families, state, versions=train.provenance())
 
 
 def tile_of(device, xbar, target):
