@@ -91,9 +91,7 @@ class Ibm(NamedTuple):
 
     def nu_law(self, r):
         log_r = jnp.log(jnp.maximum(r, MIN_SHARE))
-        mean = jnp.clip(
-            self.nu_slope * log_r + self.nu_offset, self.nu_low, self.nu_high
-        )
+        mean = jnp.clip(self.nu_slope * log_r + self.nu_offset, self.nu_low, self.nu_high)
         std = jnp.clip(
             self.nu_std_slope * log_r + self.nu_std_offset,
             self.nu_std_low,
@@ -541,8 +539,7 @@ def fire(key, device, xbar, counts, n_most, t):
 
 # The lowest value of a constant, where it is not 0.
 ANY_SIGN = (
-    "set_offset set_history prog_1 prog_2 "
-    "nu_slope nu_offset nu_std_slope nu_std_offset"
+    "set_offset set_history prog_1 prog_2 nu_slope nu_offset nu_std_slope nu_std_offset"
 )
 HIGHEST = float(np.finfo(np.float32).max)
 LOWEST = dict.fromkeys(ANY_SIGN.split(), -HIGHEST) | {
@@ -594,7 +591,9 @@ def from_constants(constants):
     given.pop("comment", None)
     name, law = given.pop("name"), FAMILIES.get(str(given.pop("law")))
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"key name must be letters, digits and _, no digit first: {name!r}")
+        raise ValueError(
+            f"key name must be letters, digits and _, no digit first: {name!r}"
+        )
     if law is None:
         raise ValueError(f"key law must be one of {', '.join(FAMILIES)}")
     parts = {"law": law}
@@ -620,20 +619,12 @@ def check_range(device):
     law = device.law
     if isinstance(law, Ibm) and law.t_read > device.t0:
         raise ValueError("key t_read must be at most t0")
-    if isinstance(law, Ibm) and (law.nu_low > law.nu_high or law.nu_std_low > law.nu_std_high):
+    if isinstance(law, Ibm) and (
+        law.nu_low > law.nu_high or law.nu_std_low > law.nu_std_high
+    ):
         raise ValueError("a lower limit of ν is above the upper one")
     if not device.stated and set_mean(device, device.g_prog, 0.0) <= 0:
         raise ValueError("key g_prog is where SET no longer raises G; lower it")
-
-
-def unique(pairs):
-    """The dictionary of a JSON object's pairs; ValueError names a key that stands twice."""
-    found = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key} stands twice")
-        found[key] = value
-    return found
 
 
 def load_device(name):
@@ -644,9 +635,15 @@ def load_device(name):
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
         # float, as Python refuses integers of very many digits
-        constants = json.loads(text, parse_int=float, object_pairs_hook=unique)
+        constants = json.loads(text, parse_int=float)
         found, device = from_constants(constants)
-    except (OSError, UnicodeError, json.JSONDecodeError, TypeError, RecursionError) as error:
+    except (
+        OSError,
+        UnicodeError,
+        json.JSONDecodeError,
+        TypeError,
+        RecursionError,
+    ) as error:
         what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
         raise ValueError(f"{name} is {what} ({error})") from None
     if found in DEVICES:

@@ -50,7 +50,7 @@ HERE = Path(__file__).resolve().parent
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
 LR_THETA = 0.1  # step of the optimizer for ln θ
 LR_SCALE = 0.03  # the same for log_scale
-MAX_GRAD_NORM = 0.3  # largest norm of the outer gradient, per range of a conductance and ln θ
+MAX_GRAD_NORM = 0.3  # largest norm of the outer gradient, per range of G and of ln θ
 MIN_RATE = 10.0  # Hz, mean over the inputs: neurons below it are penalised
 SILENT = 0.1  # weight of that penalty
 DAY = 86400.0  # s
@@ -79,7 +79,9 @@ def require(is_met, message, status=2):
 
 def setting(default, help, least=0.0, most=2.0**31):
     """A setting of the command line; least and most are its lowest and highest value."""
-    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most)})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "range": (least, most)}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,10 @@ class Config:
     circuit: str = setting("ideal", "what circuits around the devices do, one of CIRCUITS")
     n_inner: int = setting(8, "looks: times that a new task is read and pulsed", 1)
     n_bits: int = setting(
-        2, "bits of an update, 2 to 8: at most 2^(bits−1) − 1 pulses per synapse and look", 2, 8
+        2,
+        "bits of an update, 2 to 8: at most 2^(bits−1) − 1 pulses per synapse and look",
+        2,
+        8,
     )
     grad_thr: float = setting(
         0.1, "thresholds at the start, share of the rms of the first look's gradient", 1e-6
@@ -109,7 +114,9 @@ class Config:
     task_size: int = setting(20, "support samples of a task", 1)
     n_way: int = setting(5, "classes of a task, task_size / n_way samples of each", 2)
     batch_train: int = setting(
-        128, "tasks per meta-iteration, shared out among devices; so many for each of n_chips", 1
+        128,
+        "tasks per meta-iteration, shared out among devices; so many for each of n_chips",
+        1,
     )
     n_chips: int = setting(1, "chips of each device per meta-iteration", 1)
     batch_test: int = setting(512, "tasks of the meta-test, each on a chip of its own", 1)
@@ -122,7 +129,9 @@ class Config:
     n_h0: int = setting(64, "neurons of layer 0", 1)
     n_h1: int = setting(128, "neurons of layer 1", 1)
     dac_bits: int = setting(6, "bits of the input converter, 1 to 12", 1, 12)
-    drive: float = setting(0.2, "what a weight of 1 adds to a membrane under an input of 1", 1e-6)
+    drive: float = setting(
+        0.2, "what a weight of 1 adds to a membrane under an input of 1", 1e-6
+    )
     n_steps: int = setting(50, "time steps T of a presentation, 1 ms each", 1)
     tau_mem: float = setting(0.03, "time constant of the membranes, s", 1e-4)
     tau_out: float = setting(0.1, "time constant of the traces, s", 1e-4)
@@ -134,7 +143,9 @@ class Config:
         0.0063, "step of the optimizer for conductances, share of the device's range", 1e-6
     )
     lr_drop: int = setting(
-        500, "iteration at which steps are divided by 10; from there they fall as 1/iteration", 1
+        500,
+        "iteration at which steps are divided by 10; from there they fall as 1/iteration",
+        1,
     )
     off_noise: float = setting(
         None,
@@ -144,25 +155,31 @@ class Config:
     target_fr: float = setting(
         50.0, "target of each layer's mean firing rate, Hz; without effect at lambda_fr 0"
     )
-    lambda_fr: float = setting(
-        0.15, "weight of the penalty of rates in the outer loss"
+    lambda_fr: float = setting(0.15, "weight of the penalty of rates in the outer loss")
+    tread: float = setting(
+        100.0, "first read of a new task, s since a chip was programmed", 1.0
     )
-    tread: float = setting(100.0, "first read of a new task, s since a chip was programmed", 1.0)
     tprog: float = setting(
         None, "its first pulse, s (default: as soon as the samples have been shown)", 1.0
     )
     tlook: float = setting(
-        None, "from one look to the next, s (default: 20, or as soon as samples allow)", 1e-3
+        None,
+        "from one look to the next, s (default: 20, or as soon as samples allow)",
+        1e-3,
     )
     twait: float = setting(10.0, "shortest wait from the last pulse to the query, s", 1.0)
     max_rest: float = setting(
         1e6, "longest such wait in meta-training, s: log-uniform, twait to this", 1.0
     )
     max_age: float = setting(
-        1e7, "age of a chip at its first read in meta-training, s: log-uniform, tread to this", 1.0
+        1e7,
+        "age of a chip at its first read in meta-training, s: log-uniform, tread to this",
+        1.0,
     )
     ttest: float = setting(
-        None, "query of the meta-test, s since a chip was programmed (default: after twait)", 1.0
+        None,
+        "query of the meta-test, s since a chip was programmed (default: after twait)",
+        1.0,
     )
 
 
@@ -357,7 +374,9 @@ def warp(key, image):
     middle = (side - 1) / 2
     offset = jnp.indices((side, side)).astype(float) - middle
     matrix = jnp.eye(2) + jax.random.uniform(matrix_key, (2, 2), minval=-WARP, maxval=WARP)
-    shift = side * jax.random.uniform(shift_key, (2,), minval=-WARP_SHIFT, maxval=WARP_SHIFT)
+    shift = side * jax.random.uniform(
+        shift_key, (2,), minval=-WARP_SHIFT, maxval=WARP_SHIFT
+    )
     places = jnp.tensordot(matrix, offset, 1) + middle + shift[:, None, None]
     return jax.scipy.ndimage.map_coordinates(image, [*places], order=1, mode="nearest")
 
@@ -679,7 +698,8 @@ def activity_of(cfg, rates):
 
 def meta_loss(key, meta, cfg, family, kind, n_tasks):
     """Outer loss of one chip and n_tasks tasks, the family's and the penalty of rates, and means of
-    what is measured on the way."""
+    what is measured on the way. One read of the hidden crossbars serves all looks, which halves the
+    time of eight: their reads differ in noise, and in the drift from one look to the next."""
     keys = iter(jax.random.split(key, 8))
     device, table = kind
     make = partial(analog.fabricate, table=table)
@@ -688,8 +708,6 @@ def meta_loss(key, meta, cfg, family, kind, n_tasks):
     chip = network.later(chip, log_uniform(next(keys), cfg.tread, cfg.max_age))
     times, u = times_of(cfg), family.pool(next(keys))
     tasks = draw_tasks(next(keys), family, u, n_tasks)
-    # One read of the hidden crossbars serves all looks, which halves the time of eight: their reads
-    # differ in noise, and in the drift from one look to the next.
     after, pulses = adapt_chip(
         next(keys), meta, cfg, device, chip, u, tasks.support, times, times.reads[:1]
     )
@@ -814,7 +832,9 @@ def scene(key, meta, cfg, family, device, make=analog.deploy):
     """A new chip whose programming ended at its time 0, its crossbars made by make; a pool of
     inputs, a task, and a key."""
     chip_key, pool_key, task_key, key = jax.random.split(key, 4)
-    chip = network.assemble(chip_key, device, make, targets_of(meta, family), circuit_of(cfg))
+    chip = network.assemble(
+        chip_key, device, make, targets_of(meta, family), circuit_of(cfg)
+    )
     u = family.pool(pool_key)
     return chip, u, family.task(task_key, u), key
 
@@ -890,22 +910,32 @@ def check_chip(chip, targets, device, age):
     for tile, target in zip(tiles, jax.tree.leaves(targets), strict=True):
         finite("each crossbar of the chip", tile.xbar.g, target.shape[1:])
         soonest = float(jnp.max(tile.xbar.t_prog)) + device.t_verify
-        require(age >= soonest, f"age must be {soonest} s or more, after the chip's last pulse")
+        require(
+            age >= soonest, f"age must be {soonest} s or more, after the chip's last pulse"
+        )
+
+
+def accept(run, device, x, y):
+    """Settings, inputs [N, n_in] and targets [N, n_out] for samples of a user; Refused where these
+    or the device do not fit the network."""
+    cfg, family = run.cfg, run.families.testing
+    g_max = next(iter(run.devices.values())).g_max
+    other = f"the network needs devices of g_max {g_max:g} µS, not {device.g_max:g}"
+    require(device.g_max == g_max, other)
+    u, y = family.encode(x), family.targets(y)
+    require(len(u) == len(y), f"x has {len(u)} samples, y {len(y)}")
+    if len(u) > cfg.task_size:  # they need more time before each pulse
+        cfg = resize(cfg, len(u), {"its device": device})
+    return cfg, u, y
 
 
 def learn(key, run, device, x, y, chip=None, age=None):
     """Learned of samples x and y of a user: inputs and targets [N] of a function, or samples [N, …]
     from 0 to 1 and their classes. The chip, a new one by default, has its first read at that age
     (s since its time 0; default: tread). Refused where they do not fit the network."""
-    cfg, family = run.cfg, run.families.testing
-    g_max = next(iter(run.devices.values())).g_max
-    other = f"the network needs devices of g_max {g_max:g} µS, not {device.g_max:g}"
-    require(device.g_max == g_max, other)
+    cfg, u, y = accept(run, device, x, y)
+    family = run.families.testing
     meta = project(run.state.meta, *common_range([device]))
-    u, y = family.encode(x), family.targets(y)
-    require(len(u) == len(y), f"x has {len(u)} samples, y {len(y)}")
-    if len(u) > cfg.task_size:  # they need more time before each pulse
-        cfg = resize(cfg, len(u), {"its device": device})
     chip_key, adapt_key, refer_key = jax.random.split(key, 3)
     age, targets = cfg.tread if age is None else age, targets_of(meta, family)
     if chip is None:
@@ -1205,7 +1235,8 @@ def provenance():
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
     ours = os.environ | {"GIT_DIR": str(HERE / ".git"), "GIT_WORK_TREE": str(HERE)}
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, env=ours).stdout.strip()
+        found = subprocess.run(git, capture_output=True, text=True, env=ours)
+        commit = found.stdout.strip()
     except OSError:
         commit = None
     packages = ("jax", "jaxlib", "numpy")
@@ -1256,27 +1287,37 @@ def save(run, folder):
     write_arrays(folder / "checkpoint.npz", arrays)
 
 
+def read_config(folder):
+    """Config, devices by name, and all else that config.json holds. No setting may be missing."""
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    described, given = saved["device"], saved["config"]
+    if isinstance(described, dict):
+        described = [described]
+    devices = dict(map(analog.from_constants, described))
+    required = {name: given[name] for name in vars(Config())}
+    return config_of(given | required), devices, saved
+
+
+def read_checkpoint(folder, like):
+    """State of the shapes of like, step, and rows of metrics.csv."""
+    with np.load(folder / "checkpoint.npz") as file:
+        leaves = [file[name].reshape(x.shape) for name, x in by_name(like).items()]
+        step, rows = int(file["step"]), json.loads(str(file["rows"]))
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), step, tuple(rows)
+
+
 def load(folder):
     """The Run in a folder; Refused where it holds none. What it lacks is refused by name, never
     filled in."""
     folder = Path(folder)
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        described = saved["device"]
-        if isinstance(described, dict):
-            described = [described]
-        devices = dict(map(analog.from_constants, described))
-        given = saved["config"]
-        cfg = config_of(given | {name: given[name] for name in vars(Config())})  # none missing
-        families = families_of(cfg)
+        cfg, devices, saved = read_config(folder)
+        families, versions = families_of(cfg), dict(saved["versions"])
         require(families.about == saved["data"], f"{cfg.tasks} is not the file that it was")
-        exact = dataclasses.replace(cfg, off_noise=0.0)  # shapes need no table of programming
+        # shapes need no table of programming
+        exact = dataclasses.replace(cfg, off_noise=0.0)
         like = jax.eval_shape(start, exact, lot_of(exact, devices), families.training)
-        with np.load(folder / "checkpoint.npz") as file:
-            leaves = [file[name].reshape(x.shape) for name, x in by_name(like).items()]
-            step, rows = int(file["step"]), json.loads(str(file["rows"]))
-        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return Run(cfg, devices, families, state, step, tuple(rows), dict(saved["versions"]))
+        return Run(cfg, devices, families, *read_checkpoint(folder, like), versions)
     except Exception as error:  # a damaged archive fails in many ways
         what = f"{folder} holds no run, a damaged one, or one of other code: {error}"
         raise Refused(what) from None
@@ -1368,7 +1409,9 @@ def parse(argv):
     add_settings(parser)
     text = "settings for one job; flags beside it win"
     parser.add_argument("--preset", choices=PRESETS, help=text)
-    parser.add_argument("--run_dir", help="folder of the run (default: the next of run/1, …)")
+    parser.add_argument(
+        "--run_dir", help="folder of the run (default: the next of run/1, …)"
+    )
     text = "go on with the latest run in run/, or that in --run_dir; only "
     text += f"{', '.join(sorted(MAY_CHANGE))} may change"
     parser.add_argument("--resume", action="store_true", help=text)
@@ -1383,7 +1426,9 @@ def parse(argv):
 def devices_of(names):
     """The devices, by name, that --device names: a file, or names and files separated by
     commas."""
-    parts = [names] if os.path.isfile(names) else [name.strip() for name in names.split(",")]
+    parts = (
+        [names] if os.path.isfile(names) else [name.strip() for name in names.split(",")]
+    )
     try:
         found = [analog.load_device(part) for part in parts]
     except ValueError as error:
@@ -1417,7 +1462,9 @@ def check_times(cfg, t_verify):
     shown, look = soonest_pulse(cfg), cfg.tprog - cfg.tread + t_verify
     read = cfg.tprog + (cfg.n_inner - 1) * cfg.tlook + t_verify
     require(cfg.tprog >= shown, f"--tprog must be {shown} s or more, after the samples")
-    require(cfg.tlook >= look, f"--tlook must be {look} s or more, after pulses and their read")
+    require(
+        cfg.tlook >= look, f"--tlook must be {look} s or more, after pulses and their read"
+    )
     require(cfg.twait >= t_verify, f"--twait must be t_verify, {t_verify} s, or more")
     require(cfg.ttest >= read, f"--ttest must be {read} s or more, after the pulses")
     require(cfg.max_age >= cfg.tread, f"--max_age must be at least tread, {cfg.tread} s")
@@ -1460,13 +1507,17 @@ def resumed(flags, folder):
     differ = {name for name, x in vars(cfg).items() if x != getattr(run.cfg, name)}
     for name in sorted(differ - MAY_CHANGE):
         before = getattr(run.cfg, name)
-        what = f"{folder} holds a run with --{name} {before}: leave out that flag or --resume"
+        what = (
+            f"{folder} holds a run with --{name} {before}: leave out that flag or --resume"
+        )
         raise Refused(what)
     past = f"{folder} is past --n_iter {cfg.n_iter}: it is at iteration {run.step}"
     require(run.step <= cfg.n_iter, past)
     now = provenance().items()
     changed = [name for name, x in now if run.versions.get(name) != x]
-    print(f"resuming {folder} after iteration {run.step}; changed since: {changed or 'nothing'}")
+    print(
+        f"resuming {folder} after iteration {run.step}; changed since: {changed or 'nothing'}"
+    )
     return run._replace(cfg=cfg)
 
 
@@ -1493,7 +1544,9 @@ def assert_sound(run, measured, folder):
         if rate == 0:
             problem = f"layer {i} is silent; try a larger --drive"
         if rate * network.DT > 0.95:  # share of the time steps with a spike
-            problem = f"layer {i} always fires; try a smaller --drive or a larger --lambda_fr"
+            problem = (
+                f"layer {i} always fires; try a smaller --drive or a larger --lambda_fr"
+            )
     numbers = jax.tree.leaves((measured, run.state))
     if not all(np.isfinite(x).all() for x in numbers):
         problem = "the loss is not finite; try a smaller --lr_out"
@@ -1573,11 +1626,15 @@ def draw(run, episodes, results, folder):
 
 def execute(run, folder):
     """Meta-train, meta-test, draw and report."""
-    where = f"{jax.device_count()} of JAX's devices ({jax.default_backend()}), {cores()} cores"
+    where = (
+        f"{jax.device_count()} of JAX's devices ({jax.default_backend()}), {cores()} cores"
+    )
     print(f"run folder {folder}, tasks {run.cfg.tasks}, devices {run.cfg.device}; {where}")
     n = (run.families.about or {}).get("clipped")
     if n:
-        print(f"{n} numbers of the test part were clipped to the range of the training part")
+        print(
+            f"{n} numbers of the test part were clipped to the range of the training part"
+        )
     print("Ctrl-C is safe: what was saved stands, and --resume goes on from it")
     print("compiling, which takes up to a minute, comes first")
     save(run, folder)

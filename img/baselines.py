@@ -130,7 +130,9 @@ def readouts(key, meta, cfg, family, kind):
     [RIDGES], by the delta rule [STEPS]; and [1] of the best readout for all inputs."""
     device = kind.device
     chip, u, task, key = train.scene(key, meta, cfg, family, device)
-    adapt_key, read_key, ask_key, write_key = jax.random.split(key, 4)  # as learn_and_test does
+    adapt_key, read_key, ask_key, write_key = jax.random.split(
+        key, 4
+    )  # as learn_and_test does
     chip = network.later(chip, cfg.tread)
     seen, asked = traces(adapt_key, ask_key, cfg, device, chip, u)
     start = network.read(read_key, device, chip.readout, 0.0, False)
@@ -138,7 +140,9 @@ def readouts(key, meta, cfg, family, kind):
     given = {"seen": seen, "start": start, "support": task.support}
 
     def errors(readouts):
-        return {name: parts.error(family, asked @ w, task.query) for name, w in readouts.items()}
+        return {
+            name: parts.error(family, asked @ w, task.query) for name, w in readouts.items()
+        }
 
     def at_all(strengths, way):
         return jax.lax.map(lambda x: errors(way(x)), jnp.asarray(strengths, float))
@@ -208,7 +212,9 @@ def trained(key, function, n):
 
     def loss(layers, key):
         of_task = partial(after_a_step, function=function, n=n)
-        return jnp.mean(jax.vmap(of_task, (None, 0))(layers, jax.random.split(key, N_TASKS)))
+        return jnp.mean(
+            jax.vmap(of_task, (None, 0))(layers, jax.random.split(key, N_TASKS))
+        )
 
     def iterate(state, step):
         gradient = jax.grad(loss)(state.meta, jax.random.fold_in(task_key, step))
@@ -217,16 +223,22 @@ def trained(key, function, n):
 
     layers = begin(start_key)
     zero = jax.tree.map(jnp.zeros_like, layers)
-    return jax.lax.scan(iterate, train.State(layers, zero, zero), jnp.arange(N_ITER))[0].meta
+    return jax.lax.scan(iterate, train.State(layers, zero, zero), jnp.arange(N_ITER))[
+        0
+    ].meta
 
 
 def maml(key, meta, cfg, family, given):
     """Errors of a ReLU network on the task of a chip; given are the device and the layers."""
     device, layers = given
-    fine = dataclasses.replace(family, dac_bits=FINE_BITS)  # of the same functions and inputs
+    fine = dataclasses.replace(
+        family, dac_bits=FINE_BITS
+    )  # of the same functions and inputs
     _, u, task, _ = train.scene(key, meta, cfg, fine, device)
     return {
-        f"float MAML, inner steps: {n}": wrong(adapted(layers, u, task.support, n), u, task.query)
+        f"float MAML, inner steps: {n}": wrong(
+            adapted(layers, u, task.support, n), u, task.query
+        )
         for n in (1, 10)
     }
 
@@ -260,7 +272,9 @@ def report(looks, errors):
     for label, x in errors.items():
         over = ratio(x, errors[FAIR])
         found[label] = train.summary(x) | {f"over {FAIR}": over}
-        print(f"  {label:<40}{parts.in_words(found[label])}{parts.in_words(over)}", flush=True)
+        print(
+            f"  {label:<40}{parts.in_words(found[label])}{parts.in_words(over)}", flush=True
+        )
     after = train.summary(looks)
     print("  after each look " + " ".join(f"{x:.3f}" for x in after["mean"]), flush=True)
     return found, after
@@ -271,7 +285,9 @@ def baselines(n, run):
     numbers, looks = {}, {}
     for shots in SHOTS:
         size = shots * (run.cfg.n_way if run.families.about else 5)
-        print(f"{size} samples: {parts.unit(run)}, and over that of {FAIR}; ± 95 % interval")
+        print(
+            f"{size} samples: {parts.unit(run)}, and over that of {FAIR}; ± 95 % interval"
+        )
         numbers[size], looks[size] = report(*errors_of(n, parts.resized(run, size)))
     by_size = jax.tree.map(lambda *x: list(x), *numbers.values())
     drawn = {label: by_size[label] for label in numbers[size] if label not in NOT_DRAWN}

@@ -53,7 +53,9 @@ def wires(device, g, ohm):
     order in it: rows are driven at their first column, columns end below their last row, and all
     rows are driven, which is the most that columns carry."""
     siemens = 1e-6 * g
-    to_the_right = jnp.flip(jnp.cumsum(jnp.flip(siemens, 2), 2), 2)  # what a row's segment carries
+    to_the_right = jnp.flip(
+        jnp.cumsum(jnp.flip(siemens, 2), 2), 2
+    )  # what a row's segment carries
     from_above = jnp.cumsum(siemens, 1)  # what a column's segment carries
     row_drop = ohm * jnp.cumsum(to_the_right, 2)
     column_drop = ohm * jnp.flip(jnp.cumsum(jnp.flip(from_above, 1), 1), 1)
@@ -77,7 +79,10 @@ PLAUSIBLE = network.Circuit(
 )
 CIRCUITS = {
     **{f"adc{n}": network.Circuit(current=partial(current, n_bits=n)) for n in (8, 6, 5)},
-    **{f"wires{ohm:g}": network.Circuit(read=partial(wires, ohm=ohm)) for ohm in (1.0, 2.5, 5.0)},
+    **{
+        f"wires{ohm:g}": network.Circuit(read=partial(wires, ohm=ohm))
+        for ohm in (1.0, 2.5, 5.0)
+    },
     "gains10": network.Circuit(gains=partial(gains, std=0.1)),
     "coarse6": network.Circuit(**COARSE),
     "plausible": PLAUSIBLE,
@@ -98,7 +103,11 @@ LABELS = {
     "stuck5": "5 % of devices stuck",
     "plausible": "8 bits, 2.5 Ω, gains ± 5 %, 6-bit gradient, 0.5 % stuck",
 }
-STUCK = {"stuck1": 0.01, "stuck5": 0.05, "plausible": 0.005}  # shares, half of them at g_max
+STUCK = {
+    "stuck1": 0.01,
+    "stuck5": 0.05,
+    "plausible": 0.005,
+}  # shares, half of them at g_max
 
 
 def stuck(name, device):
@@ -145,7 +154,7 @@ def circuits(n, run):
     for label, x in errors.items():
         found[label] = parts.show(label, x)
         half = 1.96 * np.std(x - ideal, ddof=1) / n**0.5
-        ratio, interval = np.array([x.mean(), half]) / ideal.mean()
+        ratio, interval = float(x.mean() / ideal.mean()), float(half / ideal.mean())
         found[label]["over ideal"] = [ratio, interval]
         print(f"    over ideal circuits {ratio:.2f} ± {interval:.2f}")
     return found, figures.bars({"after adaptation": found}, parts.unit(run))

@@ -123,4 +123,7 @@ def report(chip):
         "adaptation": adaptation(chip),
         "adaptation, layer 0 read at each step": adaptation(each_step),
     }
-    return {"devices": devices(chip), "bills": {name: bill(x) for name, x in counts.items()}}
+    return {
+        "devices": devices(chip),
+        "bills": {name: bill(x) for name, x in counts.items()},
+    }

@@ -24,7 +24,9 @@ STYLE = {
     "axes.spines.right": False,
 }
 
-plain = matplotlib.style.context(["default", STYLE])  # decorates what makes or saves a figure
+plain = matplotlib.style.context(
+    ["default", STYLE]
+)  # decorates what makes or saves a figure
 
 
 @plain
@@ -125,7 +127,9 @@ def show_task(axes, x, support, query, outputs):
     curves = query.y[:, 0] / query.share, *outputs
     half = (x[1] - x[0]) / 2
     edges = np.append(x - half, x[-1] + half)
-    for values, label, color, lw, ls in zip(curves, labels, colors, widths, dashes, strict=True):
+    for values, label, color, lw, ls in zip(
+        curves, labels, colors, widths, dashes, strict=True
+    ):
         style = {"color": color, "lw": lw, "ls": ls}
         axes.stairs(values, edges, baseline=None, label=label, **style)
     seen = support.share > 0
@@ -174,7 +178,8 @@ def show_errors(axes, before, after, words):
 def activity(results):
     """What results.json says of the network's activity, in words."""
     rates, silent = (
-        " and ".join(f"{x:.0f}" for x in results[name]["mean"]) for name in ("rates", "silent")
+        " and ".join(f"{x:.0f}" for x in results[name]["mean"])
+        for name in ("rates", "silent")
     )
     spikes = results["spikes"]["mean"]
     first = f"{spikes:.0f} spikes per presentation"
@@ -253,8 +258,14 @@ def classes(side, episodes, results):
     band(axes, looks, found["mean"], found.get("ci95", 0), color=AFTER, marker="o")
     for label, level in results["baselines"].items():
         axes.axhline(level, color=TRUTH, lw=1, ls=":")
-        axes.annotate(label.split(" of ")[-1], (looks[-1], level), (0, 3), ha="right",
-            textcoords="offset points", fontsize=9)
+        axes.annotate(
+            label.split(" of ")[-1],
+            (looks[-1], level),
+            (0, 3),
+            ha="right",
+            textcoords="offset points",
+            fontsize=9,
+        )
     mean = found["mean"][-1]
     words = f"{mean:.0f} %, a day later {results['accuracy_day']['mean']:.0f} %"
     axes.annotate(words, (looks[-1], mean), (0, 8), ha="right", textcoords="offset points")
@@ -342,7 +353,9 @@ def curves(name, panels):
         band(ax, x, known.mean(0), known.std(0), color=LATE, marker="o", label="measured")
         mean, std = simulated.mean(0), simulated.std(0)
         band(ax, x, mean, std, color=AFTER, ls="--", label="simulated")
-        ax.set(xlabel=xlabel, ylabel="G (µS)", xscale="log" if "age" in xlabel else "linear")
+        ax.set(
+            xlabel=xlabel, ylabel="G (µS)", xscale="log" if "age" in xlabel else "linear"
+        )
     axes[0, 0].legend(fontsize=10, frameon=False)
     return figure
 
@@ -382,8 +395,12 @@ def presentation(t, x, spikes, membrane, output, target):
     axes[-1].annotate("target of the task", (0.5, target), (0, 3), **place)
     axes[-1].plot(t[-1], output[-1], "o", color=LATE)
     side = -22 if output[-1] > 0 else 12
-    axes[-1].annotate("read here, once", (t[-1], output[-1]), (0, side), ha="right", **place)
-    axes[-1].set(ylabel="readout ŷ\nif read then", xlabel="time (ms)", xlim=(0, 1.01 * t[-1]))
+    axes[-1].annotate(
+        "read here, once", (t[-1], output[-1]), (0, side), ha="right", **place
+    )
+    axes[-1].set(
+        ylabel="readout ŷ\nif read then", xlabel="time (ms)", xlim=(0, 1.01 * t[-1])
+    )
     axes[-1].margins(y=0.25)
     figure.align_ylabels()
     return figure

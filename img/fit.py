@@ -47,14 +47,9 @@ START = (
 NAMES = (*analog.Nandakumar._fields, *analog.Device._fields[1:-1])
 SIGNED = np.isin(NAMES, ["set_slope", "set_offset", "set_history"])
 SQUARED = np.isin(NAMES, ["reset_std", "nu_std"])
-IN_US = [
-    x.startswith(("g_", "reset")) or x.endswith(("offset", "history"))
-    for x in NAMES
-]
+IN_US = [x.startswith(("g_", "reset")) or x.endswith(("offset", "history")) for x in NAMES]
 LOWEST = np.where(SIGNED, -np.inf, np.log(0.01))  # of x
-NODES = np.array(
-    norm.ppf((np.arange(200) + 0.5) / 200), float
-)  # equally likely, N(0, 1)
+NODES = np.array(norm.ppf((np.arange(200) + 0.5) / 200), float)  # equally likely, N(0, 1)
 NODES /= NODES.std()
 RESOLVED = 1e-4  # of pcm's µS
 BELOW_STOP = 0.94  # g_prog, as a share of where SET stops raising G
@@ -84,7 +79,9 @@ def columns_of(path):
             reads = sorted(map(read_of, rows))
         device, pulse, age, g = map(np.array, zip(*reads, strict=True))
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        what = "rows of device, pulse, g_uS and perhaps time_s, with commas and decimal points"
+        what = (
+            "rows of device, pulse, g_uS and perhaps time_s, with commas and decimal points"
+        )
         raise train.Refused(f"{path} must have {what}: {error!r}") from None
     has_pulses = min(pulse) == 0 and max(pulse) > 1
     train.require(np.all(np.isfinite(g + age)), f"{path}: leave out what is not a number")
@@ -165,9 +162,7 @@ def errors_of(device, g, log_age):
 
 def values_of(x, held, start):
     """Values [NAMES] of an unbounded x, start at x = 0 and where held."""
-    return jnp.where(
-        held, start, start * jnp.where(SIGNED, 1 + x, jnp.exp(x))
-    )
+    return jnp.where(held, start, start * jnp.where(SIGNED, 1 + x, jnp.exp(x)))
 
 
 def device_of(values):
@@ -196,9 +191,7 @@ def likelihood(x, held, start, g, log_age):
     excess = (known - weight * error**2) / 2
     loss = jnp.sum(known * log_var + weight * error**2) / 2
     gradient = (weight * error) @ by_error + excess @ by_var
-    information = (weight * by_error.T) @ by_error + (
-        known * by_var.T
-    ) @ by_var / 2
+    information = (weight * by_error.T) @ by_error + (known * by_var.T) @ by_var / 2
     return loss, gradient, information
 
 
@@ -222,9 +215,7 @@ def search(start, held, data):
     best = likelihood(x, held, start, *data)
     for _ in range(N_STEPS):
         loss, gradient, information = best
-        step = np.linalg.solve(
-            information + damping * np.eye(len(x)), gradient
-        )
+        step = np.linalg.solve(information + damping * np.eye(len(x)), gradient)
         trial = np.maximum(x - np.clip(step, -1.0, 1.0), LOWEST)
         found = likelihood(trial, held, start, *data)
         gain = loss - found[0]
@@ -250,15 +241,11 @@ def fit(g, age, g_max):
     data = g / scale, np.log(np.where(np.isnan(g), t0, age) / t0)
     starts = [np.array(jax.tree.leaves(device)) for device in START]
     with jax.enable_x64(True):
-        found = [
-            search(start, np.isin(NAMES, held), data) for start in starts
-        ]
+        found = [search(start, np.isin(NAMES, held), data) for start in starts]
         _, *best = min(found, key=lambda law: law[0])
         values, errors = (np.where(IN_US, scale, 1.0) * x for x in best)
         device = jax.tree.map(float, device_of(values))
-    return device._replace(t0=float(t0)), dict(
-        zip(NAMES, errors, strict=True)
-    )
+    return device._replace(t0=float(t0)), dict(zip(NAMES, errors, strict=True))
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -308,13 +295,10 @@ def report(device, errors):
     constants = dict(zip(NAMES, jax.tree.leaves(device), strict=True))
     told = [name for name in NAMES if errors[name] >= 0]
     lines = [
-        f"{name:<16}{constants.pop(name):>10.4g} ± {errors[name]:.2g}"
-        for name in told
+        f"{name:<16}{constants.pop(name):>10.4g} ± {errors[name]:.2g}" for name in told
     ]
     rest = ", ".join(f"{name} {x:.4g}" for name, x in constants.items())
-    return "\n".join(
-        [*lines, f"not told by the reads, so as pcm's or as assumed: {rest}"]
-    )
+    return "\n".join([*lines, f"not told by the reads, so as pcm's or as assumed: {rest}"])
 
 
 def range_of(g, given):
@@ -348,7 +332,9 @@ def execute(path, name, g_max):
     constants = constants_of(path, name, device)
     print(report(device, errors), file=sys.stderr)
     if g.shape[2] == 1:
-        warning = "with one read of a pulse, read_offset and reset_std are hardly told apart"
+        warning = (
+            "with one read of a pulse, read_offset and reset_std are hardly told apart"
+        )
         print(warning, file=sys.stderr)
     figure = path.with_suffix(".png")
     train.write(figure, figures.png(draw(name, device, g, age), str(path)))
@@ -360,9 +346,7 @@ def main(argv=None):
     """Run the command line."""
     parser = train.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("curves", type=Path, help="CSV file of reads")
-    parser.add_argument(
-        "--name", default="mine", help="name of the device (mine)"
-    )
+    parser.add_argument("--name", default="mine", help="name of the device (mine)")
     parser.add_argument(
         "--g_max",
         type=float,

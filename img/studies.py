@@ -136,7 +136,9 @@ def lives(key, meta, cfg, family, device, policy):
         readouts, fired = train.teach(*keys, meta, cfg, device, chip, u, task.support)
         chip = train.with_last(chip, readouts)
         t = train.wait_of(cfg)
-        wrong = error_at(ask_key, cfg, family, device, chip, u, task.query, t, cfg.compensate)
+        wrong = error_at(
+            ask_key, cfg, family, device, chip, u, task.query, t, cfg.compensate
+        )
         chip = network.later(chip, PERIOD)
         kept, done = policy(keep_key, device, chip.readout, target, -AHEAD)
         pulses = jnp.sum(fired, 0) + done.pulses
@@ -193,7 +195,9 @@ def first_tasks(key, meta, cfg, family, device):
 
     def at(age):
         aged = network.later(chip, age)
-        measured = train.learn_and_test(key, meta, cfg, family, device, aged, u, task).measured
+        measured = train.learn_and_test(
+            key, meta, cfg, family, device, aged, u, task
+        ).measured
         return error_of(measured)[-1], error_of(measured, "_day")
 
     (young, old), (day, _) = jax.lax.map(at, jnp.array([cfg.tread, OLD]))
@@ -393,7 +397,9 @@ def updates(n, run):
         low, median, high = np.quantile(positive, (0.05, 0.5, 0.95)).tolist()
         numbers[label] = {"quantiles 0.05, 0.5, 0.95": [low, median, high]}
         drawn[label] = positive
-        print(f"  |ΔW| of {label:<48} median {median:.1e}, 90 % from {low:.1e} to {high:.1e}")
+        print(
+            f"  |ΔW| of {label:<48} median {median:.1e}, 90 % from {low:.1e} to {high:.1e}"
+        )
     return numbers, figures.histograms(drawn, "|ΔW| of a synapse")
 
 
@@ -437,12 +443,16 @@ def show_bills(label, found):
     def row(name, values):
         print(f"  {name:<60}" + "".join(f"{x:11.4g}" for x in values), flush=True)
 
-    print(f"{label}: {sum(found['devices'].values())} devices; nJ at low, typical, high prices")
+    print(
+        f"{label}: {sum(found['devices'].values())} devices; nJ at low, typical, high prices"
+    )
     old = joules.report(joules.OLD)["bills"]
     for name, bill in found["bills"].items():
         row(name, at_prices(bill))
         if name in old:
-            row("  over that of the first", np.divide(at_prices(bill), at_prices(old[name])))
+            row(
+                "  over that of the first", np.divide(at_prices(bill), at_prices(old[name]))
+            )
     spent = found["bills"]["adaptation"]
     for item in spent["counts"]:
         row(f"  of an adaptation: {item}", at_prices(spent, item))
@@ -483,7 +493,9 @@ def parse(argv):
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--n", type=int, default=256, help="chips (default: 256)")
-    parser.add_argument("--out", type=Path, default=FOLDER / "gallery", help="folder of figures")
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER / "gallery", help="folder of figures"
+    )
     text = "support samples of a task (default: as in training)"
     parser.add_argument("--task_size", type=int, help=text)
     given = parser.parse_args(argv)

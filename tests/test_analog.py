@@ -743,7 +743,6 @@ def test_a_missing_constant_is_named():
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('{"name": "mine", "t0": 1, "t0": 2}', "t0 stands twice"),
         (json.dumps(FLAT | {"name": "pcm"}), "that of a built-in"),
         (json.dumps(FLAT | {"law": ["ibm"]}), "law"),
         ("", "JSON"),

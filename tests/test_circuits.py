@@ -1,17 +1,18 @@
 """Circuits around the devices, against plain loops and statistics."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import configured, started
+from conftest import begun, configured, started
 
 import analog
 import network
 import train
-from img import circuits
+from img import circuits, studies
 
 KEY = jax.random.key(3)
 
@@ -117,3 +118,14 @@ def test_a_circuit_of_no_name_is_refused():
     other = dataclasses.replace(cfg, circuit="nowhere")
     with pytest.raises(train.Refused, match="--circuit nowhere must be one of ideal"):
         train.complete(other, devices)
+
+
+def test_the_study_from_start_to_figure(here, monkeypatch, capsys):
+    labels = {name: circuits.LABELS[name] for name in ("ideal", "adc5", "stuck5")}
+    monkeypatch.setattr(circuits, "LABELS", labels)
+    train.save(begun(*configured(device="ibm", grad_thr=0.02)), here / "mine")
+    studies.main(["circuits", "mine", "--n", "3", "--out", "."])
+    assert "over ideal circuits 1.00 ± 0.00" in capsys.readouterr().out
+    found = json.loads((here / "circuits.json").read_text())
+    assert len(found) == 4 and found["currents of 5 bits"]["over ideal"][0] != 1
+    assert (here / "circuits.png").exists()
