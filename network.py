@@ -17,6 +17,8 @@ Drift compensation multiplies all weights of a crossbar by one number: Σ G when
 that was programmed is that of its targets, which takes no read. That of a readout that was pulsed
 is a read t_verify after the last pulse.
 
+Circuits between devices and outputs are ideal, unless a Circuit says what they do.
+
 Hidden activity depends on the input and on the chip, never on the task. So a read of the hidden
 crossbars is simulated once for a pool of inputs, and tasks look theirs up. To draw the network at
 work, run this file.

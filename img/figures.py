@@ -197,6 +197,9 @@ def testing(episodes, results):
         show_task(axes[panel], x, support, query, episodes.outputs[k, :, :, 0])
         axes[panel].tick_params(labelbottom=panel in "CD")
         axes[panel].set(xlabel="x" * (panel in "CD"), ylabel="y" * (panel in "AC"))
+    ranges = [axes[panel].get_ylim() for panel in "ABCD"[:n_shown]]
+    for panel in "ABCD"[:n_shown]:
+        axes[panel].set_ylim(np.min(ranges), np.max(ranges))
     mse, late = episodes.measured["mse"], results["mse_day"]["mean"]
     words = f"{results['pulses']['mean']:.0f} pulses\n{late:.2g} a day later"
     show_errors(axes["E"], mse[:, 0], mse[:, -1], words)

@@ -494,7 +494,10 @@ def parse(argv):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--n", type=int, default=256, help="chips (default: 256)")
     parser.add_argument(
-        "--out", type=Path, default=FOLDER / "gallery", help="folder of figures"
+        "--out",
+        type=Path,
+        default=Path("run/studies"),
+        help="folder of figures (default: run/studies)",
     )
     text = "support samples of a task (default: as in training)"
     parser.add_argument("--task_size", type=int, help=text)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, begun, configured, started, tile_of, write_classes
+from conftest import TINY, begun, configured, started, tile_of
 
 import analog
 import train
@@ -144,10 +144,3 @@ def test_the_study_of_functions(here, monkeypatch, capsys):
     assert found.keys() == {"10"} and "float MAML, inner steps: 10" in found["10"]
     assert found["10"]["ridge, written"]["over ridge, written"]["mean"] == pytest.approx(1)
     assert "10 samples: mean squared error" in capsys.readouterr().out
-
-
-def test_the_study_of_classes(here, monkeypatch, capsys):
-    flags = {"tasks": write_classes("few.npz"), "n_way": 3, "task_size": 6, "device": "perf"}
-    found = run_study(monkeypatch, here, *configured(**flags))
-    assert found.keys() == {"6"} and not any("MAML" in label for label in found["6"])
-    assert "wrong answers" in capsys.readouterr().out

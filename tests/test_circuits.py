@@ -83,11 +83,10 @@ def test_wires_are_the_first_order_of_the_network_of_resistors():
     np.testing.assert_allclose(first, 1 - drop, rtol=0.05)  # drops of 1 %, squared
 
 
-@pytest.mark.parametrize("name", ["adc8", "wires2.5", "coarse6", "gains10", "plausible"])
-def test_training_goes_through_a_circuit(name):
-    """Gradients reach what they reach with ideal circuits, and are others."""
+def test_training_goes_through_circuits():
+    """Gradients reach what they reach with ideal ones, and are others."""
     found = []
-    for circuit in ("ideal", name):
+    for circuit in ("ideal", "plausible"):
         cfg, devices = configured(device="perf", circuit=circuit, grad_thr=0.02)
         _, state = started(cfg, devices)
         kind, family = train.Kind(devices["perf"], analog.EXACT), train.families_of(cfg).training
