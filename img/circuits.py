@@ -186,8 +186,9 @@ def train_with(name, flags):
     """Meta-train with a circuit, or stuck devices, on chips of pcm and pcm_history."""
     files = []
     for device in ("pcm", "pcm_history"):
-        constants = analog.describe(f"{device}_{name}", stuck(name, analog.DEVICES[device]))
-        files.append(Path("run") / f"{device}_{name}.json".replace(".", "_", 1))
+        label = f"{device}_{name}".replace(".", "_")
+        constants = analog.describe(label, stuck(name, analog.DEVICES[device]))
+        files.append(Path("run") / f"{label}.json")
         train.write_json(files[-1], constants)
     circuit = name if name in CIRCUITS else "ideal"
     given = "--circuit", circuit, "--device", ",".join(map(str, files))
