@@ -493,6 +493,8 @@ CIRCUITS = {"ideal": network.Circuit()}
 
 def circuit_of(cfg):
     """The network.Circuit of the settings."""
+    known = f"{', '.join(CIRCUITS)}; img/circuits.py adds and trains others"
+    require(cfg.circuit in CIRCUITS, f"--circuit {cfg.circuit} must be one of {known}")
     return CIRCUITS[cfg.circuit]
 
 
@@ -1477,8 +1479,7 @@ def check_devices(cfg, devices):
     g_max = {name: device.g_max for name, device in devices.items()}
     agree = len(set(g_max.values())) == 1
     require(cfg.rule in RULES, f"--rule must be one of {', '.join(RULES)}")
-    known = f"{', '.join(CIRCUITS)}; others are added by the program that trains with them"
-    require(cfg.circuit in CIRCUITS, f"--circuit {cfg.circuit} must be one of {known}")
+    circuit_of(cfg)  # refuses an unknown one
     require(cfg.batch_train % n == 0, f"--batch_train must be a multiple of {n} devices")
     require(agree, f"--device: all must agree in g_max (µS), but have {g_max}")
     require(low < high, "--device: no conductance can be programmed on all of them")

@@ -1,13 +1,11 @@
 """Circuits around the devices, against plain loops and statistics."""
 
-import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from conftest import begun, configured, started
+from conftest import begun, call, configured, started
 
 import analog
 import network
@@ -112,11 +110,10 @@ def test_gains_belong_to_a_chip():
     np.testing.assert_array_equal(first, again)
 
 
-def test_a_circuit_of_no_name_is_refused():
-    cfg, devices = configured()
-    other = dataclasses.replace(cfg, circuit="nowhere")
-    with pytest.raises(train.Refused, match="--circuit nowhere must be one of ideal"):
-        train.complete(other, devices)
+def test_a_circuit_that_train_does_not_know_is_refused_in_one_line(here):
+    status, _, err = call("--circuit", "nowhere")
+    assert status == 2 and err.count("\n") == 1
+    assert "--circuit nowhere must be one of ideal" in err and "img/circuits.py" in err
 
 
 def test_the_study_from_start_to_figure(here, monkeypatch, capsys):
