@@ -15,7 +15,8 @@ bias.
 Drift compensation multiplies all weights of a crossbar by one number: Σ G when it was written, over
 Σ G now, a sum of currents that the converter has not clipped. Σ G of a crossbar
 that was programmed is that of its targets, which takes no read. That of a readout that was pulsed
-is a read t_verify after the last pulse.
+is a read t_verify after the last pulse. Hidden crossbars are compensated in every read, the readout
+at the query only.
 
 Circuits between devices and outputs are ideal, unless a Circuit says what they do.
 
@@ -56,24 +57,23 @@ class Network(NamedTuple):
     readout: Any  # [2, neurons of the last layer, outputs]
 
 
-def same(x):
-    """x itself."""
-    return x
-
-
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Circuit:
-    """What the circuits around the devices of a chip do, functions; by default, nothing."""
+    """What the circuits around a chip's devices do: five functions, by default those of ideal
+    circuits."""
 
-    # (device, g): conductances g [2, rows, cols] in µS, as a read sees them
-    read: Callable = lambda device, g: g
-    # (key, n): the gains [n] of the columns of a new crossbar, those of the membranes' drives
+    # (device, g): conductances g [2, rows, cols] in µS, as a read sees them through wires
+    wires: Callable = lambda device, g: g
+    # (key, n): fixed gains [n] of the columns of a new crossbar, by which its weights are
+    # multiplied, the readout's too
     gains: Callable = lambda key, n: jnp.ones(n)
-    # (k, x): x [L, cols], what crossbar k, 0 the first, adds to membranes; of the last, the outputs
+    # (k, x): x [..., cols], what crossbar k (0 is the first) adds to membranes in a time step; of
+    # the readout, the outputs
     current: Callable = lambda k, x: x
-    traces: Callable = same  # of traces [L, H] at the end of a presentation
-    gradient: Callable = same  # of a look's gradient [H, n_out]
+    # of traces [L, H] at the end of a presentation, for the readout and the delta rule alike
+    traces: Callable = lambda e: e
+    gradient: Callable = lambda g: g  # of a look's gradient [H, n_out]
 
 
 class Tile(NamedTuple):
@@ -95,7 +95,7 @@ class Activity(NamedTuple):
 class Dynamics(NamedTuple):
     """Constants of neurons, traces and presentations."""
 
-    drive: float  # what a weight of 1 adds to a membrane of layer 0 under an input of 1
+    drive: float  # what a weight of 1 adds to a membrane of layer 0 in a step, at an input of 1
     layers: tuple  # of Lif
     kappa: float  # factor by which a trace decays in one time step
     gain: float  # what one spike adds to its trace
@@ -174,12 +174,12 @@ def held_current(drive, w, u):
     return drive * (u @ mean[:-1] + BIAS * mean[-1])
 
 
-def step(dynamics, held, later, activity):
-    """Activity one time step later, with the weights [inputs + 1, neurons] of later layers; held
-    [L, neurons] is what the inputs add to layer 0."""
+def step(dynamics, held, upper, activity):
+    """Activity one time step later, with the weights [inputs + 1, neurons] of the upper layers;
+    held [L, neurons] is what the inputs add to layer 0."""
     (first_lif, *lifs), (first, *others) = dynamics.layers, activity.layers
     layers = [lif_step(first_lif, first, held)]
-    for lif, neurons, w in zip(lifs, others, later, strict=True):
+    for lif, neurons, w in zip(lifs, others, upper, strict=True):
         current = layers[-1].z @ w[:-1] + w[-1]  # [L, neurons]
         current = dynamics.circuit.current(len(layers), current)
         layers.append(lif_step(lif, neurons, current))
@@ -191,11 +191,11 @@ def present(dynamics, hidden, u):
     """Activity over time [T, ...], from rest, of the network with hidden weights, a tuple of [rows,
     neurons], as each of the inputs u [L, n_in] is held for a presentation. On an accelerator ten
     time steps are unrolled, as each is short there."""
-    first, *later = hidden
+    first, *upper = hidden
     held = dynamics.circuit.current(0, held_current(dynamics.drive, first, u))
 
     def both(activity, _):
-        activity = step(dynamics, held, later, activity)
+        activity = step(dynamics, held, upper, activity)
         return activity, activity
 
     layers = tuple(at_rest((len(u), w.shape[1])) for w in hidden)
@@ -253,7 +253,7 @@ def later(chip, seconds):
 
 def measure(key, device, tile, t):
     """Conductances [2, rows, cols] in µS of a tile from one read at time t (s), not clipped."""
-    return tile.circuit.read(device, analog.measure(key, device, tile.xbar, t))
+    return tile.circuit.wires(device, analog.measure(key, device, tile.xbar, t))
 
 
 def read(key, device, tile, t, compensate):

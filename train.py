@@ -103,7 +103,7 @@ class Config:
     n_inner: int = setting(8, "looks: times that a new task is read and pulsed", 1)
     n_bits: int = setting(
         2,
-        "bits of an update, 2 to 8: at most 2^(bits−1) − 1 pulses per synapse and look",
+        "bits of an update, 2 to 8: at most 2^(bits−1) − 1 pulses per device and look",
         2,
         8,
     )
@@ -130,7 +130,7 @@ class Config:
     n_h1: int = setting(128, "neurons of layer 1", 1)
     dac_bits: int = setting(6, "bits of the input converter, 1 to 12", 1, 12)
     drive: float = setting(
-        0.2, "what a weight of 1 adds to a membrane under an input of 1", 1e-6
+        0.2, "what a weight of 1 adds to a membrane in a step, at an input of 1", 1e-6
     )
     n_steps: int = setting(50, "time steps T of a presentation, 1 ms each", 1)
     tau_mem: float = setting(0.03, "time constant of the membranes, s", 1e-4)
@@ -576,7 +576,8 @@ class Seen(NamedTuple):
 
 
 def observe(key, cfg, device, chip, u, t):
-    """Seen of a chip that is read at time t (s), under the inputs u [L, n_in]."""
+    """Seen of a chip that is read at time t (s), under the inputs u [L, n_in]. The readout's read
+    is not used: looks and queries draw their own."""
     w = network.each(network.read, key, device, chip, t, cfg.compensate)
     activity = network.present(dynamics_of(cfg), w.hidden, u)
     return Seen(circuit_of(cfg).traces(activity.e[-1]), network.rates(activity))
@@ -589,8 +590,9 @@ def look(key, cfg, device, readout, e, support, log_theta, read_at, pulse_at):
     w = network.read(read_key, device, readout, read_at, False)
     gradient = circuit_of(cfg).gradient(delta_rule(e, outputs(cfg, e, w), support))
     counts = RULES[cfg.rule](rule_key, cfg, gradient, jnp.exp(log_theta))
-    fired = analog.fire(pulse_key, device, readout.xbar, counts, max_pulses(cfg), pulse_at)
-    return readout._replace(xbar=fired[0]), fired[1]
+    most = max_pulses(cfg)
+    xbar, fired = analog.fire(pulse_key, device, readout.xbar, counts, most, pulse_at)
+    return readout._replace(xbar=xbar), fired
 
 
 def adapt(key, meta, cfg, device, readout, e, support, times):
@@ -700,8 +702,8 @@ def activity_of(cfg, rates):
 
 def meta_loss(key, meta, cfg, family, kind, n_tasks):
     """Outer loss of one chip and n_tasks tasks, the family's and the penalty of rates, and means of
-    what is measured on the way. One read of the hidden crossbars serves all looks, which halves the
-    time of eight: their reads differ in noise, and in the drift from one look to the next."""
+    what is measured on the way. All looks share one read of the hidden crossbars, which halves the
+    time of eight. On a chip each look has its own: other noise, and a little more drift."""
     keys = iter(jax.random.split(key, 8))
     device, table = kind
     make = partial(analog.fabricate, table=table)
@@ -792,7 +794,7 @@ def stream(cfg, index):
 @jax.jit(static_argnums=0)
 def start(cfg, lot, family):
     """State before training: the thresholds are a share of the rms of the gradients on a new chip
-    of the first device by name."""
+    of the first device by name, its readout compensated and its gradients exact."""
     keys = iter(jax.random.split(stream(cfg, 0), 6))
     kind = entry(lot.kinds[0], 0)
     device = kind.device._replace(g_min=lot.low)
@@ -905,12 +907,14 @@ class Learned(NamedTuple):
     predict: Callable  # of a key, inputs x and a time t (s since that read), to outputs [N, n_out]
 
 
-def check_chip(chip, targets, device, age):
-    """Refuse a chip whose crossbars are not those of the targets, a Network in µS, or that would be
-    read at an age (s) before its last pulse."""
+def check_chip(chip, targets, circuit, device, age):
+    """Refuse a chip whose crossbars are not those of the targets, a Network in µS, whose circuit is
+    another, or that would be read at an age (s) before its last pulse."""
     tiles = *chip.hidden, chip.readout
     for tile, target in zip(tiles, jax.tree.leaves(targets), strict=True):
         finite("each crossbar of the chip", tile.xbar.g, target.shape[1:])
+        is_same = tile.circuit == circuit
+        require(is_same, "the chip's circuit must be train.circuit_of(run.cfg)")
         soonest = float(jnp.max(tile.xbar.t_prog)) + device.t_verify
         require(
             age >= soonest, f"age must be {soonest} s or more, after the chip's last pulse"
@@ -928,6 +932,7 @@ def accept(run, device, x, y):
     require(len(u) == len(y), f"x has {len(u)} samples, y {len(y)}")
     if len(u) > cfg.task_size:  # they need more time before each pulse
         cfg = resize(cfg, len(u), {"its device": device})
+    check_times(cfg, device.t_verify)
     return cfg, u, y
 
 
@@ -942,7 +947,7 @@ def learn(key, run, device, x, y, chip=None, age=None):
     age, targets = cfg.tread if age is None else age, targets_of(meta, family)
     if chip is None:
         chip = network.assemble(chip_key, device, analog.deploy, targets, circuit_of(cfg))
-    check_chip(chip, targets, device, age)
+    check_chip(chip, targets, circuit_of(cfg), device, age)
     chip = network.later(chip, age)
     support = samples_of(jnp.ones(len(u)), y)
     after, pulses = teach(adapt_key, refer_key, meta, cfg, device, chip, u, support)
@@ -1013,11 +1018,11 @@ def on_chips(f, xs, meta, n_places):
 def lot_of(cfg, devices):
     """The Lot of devices, a dictionary by name, in the order of their names."""
     ordered = [devices[name] for name in sorted(devices)]
-    families = defaultdict(list)
+    groups = defaultdict(list)
     for device in ordered:
         kind = Kind(device, table_of(cfg, device))
-        families[jax.tree.structure(kind)].append(kind)
-    kinds = tuple(jax.tree.map(stack, *family) for family in families.values())
+        groups[jax.tree.structure(kind)].append(kind)
+    kinds = tuple(jax.tree.map(stack, *group) for group in groups.values())
     low, high = common_range(ordered)
     return Lot(kinds, low, high, ordered[0].g_max - low)
 
@@ -1037,7 +1042,7 @@ def table_of(cfg, device):
 def gradient_of(key, cfg, lot, family, meta):
     """Gradient of the outer loss and what is measured, means over n_chips chips of each
     device."""
-    numbers = [len(kind.device.g_max) for kind in lot.kinds]  # of devices of each family
+    numbers = [len(kind.device.g_max) for kind in lot.kinds]  # devices of each group
     n_places = places_for(*(n * cfg.n_chips for n in numbers))
     n_tasks = cfg.batch_train // sum(numbers)
     keys = jax.random.split(key, len(lot.kinds))

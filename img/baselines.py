@@ -140,9 +140,8 @@ def readouts(key, meta, cfg, family, kind):
     given = {"seen": seen, "start": start, "support": task.support}
 
     def errors(readouts):
-        return {
-            name: parts.error(family, asked @ w, task.query) for name, w in readouts.items()
-        }
+        y = {name: train.outputs(cfg, asked, w) for name, w in readouts.items()}
+        return {name: parts.error(family, x, task.query) for name, x in y.items()}
 
     def at_all(strengths, way):
         return jax.lax.map(lambda x: errors(way(x)), jnp.asarray(strengths, float))
@@ -259,18 +258,12 @@ def errors_of(n, run):
     return looks, found
 
 
-def ratio(x, y):
-    """Summary of mean(x)/mean(y) of pairs x and y [n], its interval to first order."""
-    share = np.mean(x) / np.mean(y)
-    return train.summary(share + (x - share * y) / np.mean(y))
-
-
 def report(looks, errors):
     """Print errors after each look [n, n_inner + 1], and errors [n] by label, these also over those
     of FAIR. Their summaries."""
     found = {}
     for label, x in errors.items():
-        over = ratio(x, errors[FAIR])
+        over = parts.ratio(x, errors[FAIR])
         found[label] = train.summary(x) | {f"over {FAIR}": over}
         print(
             f"  {label:<40}{parts.in_words(found[label])}{parts.in_words(over)}", flush=True

@@ -5,8 +5,8 @@
     python img/circuits.py scales RUN                           full scales of a network
 
 Each row has the chips, tasks and random draws of the first. Full scales are the 99.9 % quantiles
-of what img/trained has on 64 chips of `pcm`; that of the output is the largest target and a fifth
-more. A converter clips what is beyond.
+of img/trained on a chip of `pcm`, means over 64 chips; that of the output is the largest target and
+a fifth more. A converter clips what is beyond. They suit functions only.
 """
 
 import argparse
@@ -20,7 +20,6 @@ sys.path.insert(0, str(FOLDER.parent))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 
 import analog  # noqa: E402
 import network  # noqa: E402
@@ -35,7 +34,7 @@ GRADIENT = 1.25  # that of a look's gradient
 # ---- circuits ------------------------------------------------------------------------------------
 
 
-def convert(x, n_bits, full):
+def quantise(x, n_bits, full):
     """x as a converter of n_bits has it, up to ± full: 0, and as many levels on either side. It
     passes gradients as if it were ideal, but none where it clips."""
     step = full / (2 ** (n_bits - 1) - 1)
@@ -45,7 +44,7 @@ def convert(x, n_bits, full):
 
 def current(k, x, n_bits):
     """What crossbar k adds to membranes, or the outputs x, after a converter."""
-    return convert(x, n_bits, CURRENTS[k])
+    return quantise(x, n_bits, CURRENTS[k])
 
 
 def wires(device, g, ohm):
@@ -68,11 +67,11 @@ def gains(key, n, std):
 
 
 COARSE = {
-    "traces": partial(convert, n_bits=7, full=TRACES),  # 6 bits from 0 on, and a sign
-    "gradient": partial(convert, n_bits=6, full=GRADIENT),
+    "traces": partial(quantise, n_bits=7, full=TRACES),  # 6 bits from 0 on, and a sign
+    "gradient": partial(quantise, n_bits=6, full=GRADIENT),
 }
 PLAUSIBLE = network.Circuit(
-    read=partial(wires, ohm=2.5),
+    wires=partial(wires, ohm=2.5),
     gains=partial(gains, std=0.05),
     current=partial(current, n_bits=8),
     **COARSE,
@@ -80,7 +79,7 @@ PLAUSIBLE = network.Circuit(
 CIRCUITS = {
     **{f"adc{n}": network.Circuit(current=partial(current, n_bits=n)) for n in (8, 6, 5)},
     **{
-        f"wires{ohm:g}": network.Circuit(read=partial(wires, ohm=ohm))
+        f"wires{ohm:g}": network.Circuit(wires=partial(wires, ohm=ohm))
         for ohm in (1.0, 2.5, 5.0)
     },
     "gains10": network.Circuit(gains=partial(gains, std=0.1)),
@@ -103,7 +102,7 @@ LABELS = {
     "stuck5": "5 % of devices stuck",
     "plausible": "8 bits, 2.5 Ω, gains ± 5 %, 6-bit gradient, 0.5 % stuck",
 }
-STUCK = {
+STUCK_SHARE = {
     "stuck1": 0.01,
     "stuck5": 0.05,
     "plausible": 0.005,
@@ -112,7 +111,7 @@ STUCK = {
 
 def stuck(name, device):
     """The device as the chips of that name have it."""
-    half = STUCK.get(name, 0.0) / 2
+    half = STUCK_SHARE.get(name, 0.0) / 2
     return device._replace(stuck_low=half, stuck_high=half)
 
 
@@ -122,8 +121,8 @@ def stuck(name, device):
 def frozen(noisy, key, device, target):
     """A new crossbar as analog.deploy makes it, with the read noise of the device noisy in G: it
     stays the same from read to read."""
-    make_key, noise_key = jax.random.split(key)
-    xbar = analog.deploy(make_key, noisy, target)
+    xbar = analog.deploy(key, noisy, target)
+    noise_key = jax.random.fold_in(key, 2)  # deploy has split it in two
     r, age = xbar.g / device.g_max, device.t0
     std = noisy.law.read_std(xbar.g, r, age, device.t0)
     return xbar._replace(g=xbar.g + std * jax.random.normal(noise_key, target.shape))
@@ -153,10 +152,9 @@ def circuits(n, run):
     ideal, found = errors[LABELS["ideal"]], {}
     for label, x in errors.items():
         found[label] = parts.show(label, x)
-        half = 1.96 * np.std(x - ideal, ddof=1) / n**0.5
-        ratio, interval = float(x.mean() / ideal.mean()), float(half / ideal.mean())
-        found[label]["over ideal"] = [ratio, interval]
-        print(f"    over ideal circuits {ratio:.2f} ± {interval:.2f}")
+        over = parts.ratio(x, ideal)
+        found[label]["over ideal"] = over
+        print(f"    over ideal circuits {parts.in_words(over)}")
     return found, figures.bars({"after adaptation": found}, parts.unit(run))
 
 
@@ -203,9 +201,10 @@ def main(argv=None):
         parser.add_argument("name", choices=[*LABELS, "scales"])
         parser.add_argument("flags", nargs=argparse.REMAINDER)
         given = parser.parse_args(argv)
+        train.configure_backend()
         if given.name != "scales":
             return train_with(given.name, given.flags)
-        train.configure_backend()
+        train.require(given.flags, "scales needs a run folder")
         run = train.load(given.flags[0])
         for name, x in parts.tested(scales, 64, run).items():
             print(f"{name:<10}{x.mean():10.3g}")

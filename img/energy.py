@@ -1,6 +1,7 @@
-"""Energy and area of a chip, counted from what the simulation does and measures.
+"""Energy and number of devices of a chip, counted from what the simulation does and measures.
 
-A presentation shows one input for n_steps time steps, and a query is one. An adaptation is
+A presentation shows one input for n_steps time steps, and a query is one (and the three sums that
+its compensation takes, which all queries at that time share). An adaptation is
 n_inner looks at task_size of them, their gradients and the pulses. Counted are
 
     reads of layer 0       all its devices, once where a sample-and-hold keeps the input's current
@@ -11,9 +12,9 @@ n_inner looks at task_size of them, their gradients and the pulses. Counted are
     ADC, DAC               a conversion of each output that is read, and of each input
     spikes                 of both layers
     discharges             a membrane of each neuron and a trace of each of the last layer
-    sums of crossbars      in each look, Σ G of every crossbar in one read of all its devices and
-                           one conversion: hidden ones for drift compensation, the readout, after
-                           its pulses, for its reference
+    sums of crossbars      Σ G in one read of all devices and one conversion: of hidden crossbars
+                           in each look, for drift compensation; of the readout after its last
+                           pulses, for its reference
     delta rule             a multiply-accumulate for each synapse of the readout and presentation,
                            in each look a comparison of each of its devices with each threshold
     SET pulses             as measured; an adaptation has no RESET and no verify read
@@ -95,8 +96,8 @@ def adaptation(chip):
     n_thresholds = 2 ** (chip.n_bits - 1) - 1
     return {
         **{item: shown * n for item, n in presentation(chip).items()},
-        "sums of crossbars": chip.n_inner * sum(of.values()),
-        "ADC of sums": chip.n_inner * len(of),
+        "sums of crossbars": chip.n_inner * (of["layer 0"] + of["layer 1"]) + of["readout"],
+        "ADC of sums": 2 * chip.n_inner + 1,
         "delta rule": shown * chip.n_h1 * chip.n_out,
         "comparisons": chip.n_inner * of["readout"] * n_thresholds,
         "SET pulses": chip.pulses,

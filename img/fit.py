@@ -254,7 +254,8 @@ def fit(g, age, g_max):
 def simulate(key, device, n_pairs, n_pulses, ages):
     """Reads (µS) of simulated devices after RESET and SET pulses, at ages (s): [2 · n_pairs,
     1 + n_pulses, ages]."""
-    xbar, reads = analog.blank(key, device, (2, n_pairs, 1)), []
+    blank_key, key = jax.random.split(key)
+    xbar, reads = analog.blank(blank_key, device, (2, n_pairs, 1)), []
     measure = jax.vmap(analog.measure, (0, None, None, 0))
     for n in range(1 + n_pulses):
         pulse_key, read_key = jax.random.split(jax.random.fold_in(key, n))

@@ -78,6 +78,12 @@ def tuned(experiment, n, run, device=None):
     return chosen
 
 
+def ratio(x, y):
+    """Summary of mean(x)/mean(y) of pairs x and y [n], its interval to first order."""
+    share = np.mean(x) / np.mean(y)
+    return train.summary(share + (x - share * y) / np.mean(y))
+
+
 def in_words(found):
     """Mean and interval of a summary."""
     interval = f" ± {found['ci95']:.3f}" if "ci95" in found else ""

@@ -78,9 +78,9 @@ def devices_for(run):
     built_in = {
         name: device
         for name, device in analog.DEVICES.items()
-        if device.g_max == g_max and name != "perf"
+        if device.g_max == g_max and name not in {"perf", *run.devices}
     }
-    return run.devices | built_in | run.devices
+    return run.devices | built_in
 
 
 # ---- life: 50 tasks in sequence on one chip ------------------------------------------------------

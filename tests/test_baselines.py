@@ -10,7 +10,7 @@ from conftest import TINY, begun, configured, started, tile_of
 
 import analog
 import train
-from img import baselines, studies
+from img import baselines, parts, studies
 
 KEY = jax.random.key(7)
 
@@ -121,10 +121,10 @@ def test_the_interval_of_a_ratio_is_that_of_leaving_one_out():
     y = random.gamma(2.0, size=400)
     x = 1.5 * y * random.uniform(0.5, 1.5, 400)
     left = np.array([np.delete(x, k).mean() / np.delete(y, k).mean() for k in range(400)])
-    found = baselines.ratio(x, y)
+    found = parts.ratio(x, y)
     assert found["mean"] == pytest.approx(x.mean() / y.mean())
     assert found["ci95"] == pytest.approx(1.96 * np.std(left) * 399**0.5, rel=0.02)
-    assert baselines.ratio(2 * y, y)["ci95"] == pytest.approx(0, abs=1e-9)
+    assert parts.ratio(2 * y, y)["ci95"] == pytest.approx(0, abs=1e-9)
 
 
 def run_study(monkeypatch, here, cfg, devices):

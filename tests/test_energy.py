@@ -52,11 +52,13 @@ def adapt(n, layers, chip):
         for sample in range(chip.task_size):
             present(n, [z[:, sample] for z in layers], chip)
             n["delta rule"] += SIZES[1] * N_OUT
-        for rows, columns in shapes:
+        for rows, columns in shapes[:2]:
             read(n, "sums of crossbars", range(rows), range(columns))
             n["ADC of sums"] += 1
         for _ in range(2 ** (chip.n_bits - 1) - 1):
             read(n, "comparisons", range(SIZES[1]), range(N_OUT))
+    read(n, "sums of crossbars", *map(range, shapes[2]))
+    n["ADC of sums"] += 1
     n["SET pulses"] += chip.pulses
 
 
