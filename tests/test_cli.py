@@ -106,7 +106,7 @@ def test_a_run_keeps_all_settings(whole):
             assert errors["mse"].shape == (5, 3) and errors["mse_day"].shape == (5,)
 
 
-def test_after_a_full_disk_a_run_goes_on_and_ends_the_same(whole, here, monkeypatch):
+def test_after_a_full_disk_a_run_goes_on_and_ends_the_same(quick, monkeypatch):
     replace, moved = train.os.replace, []
 
     def full(part, path):
@@ -115,8 +115,8 @@ def test_after_a_full_disk_a_run_goes_on_and_ends_the_same(whole, here, monkeypa
             raise OSError(28, "No space left on device")
         replace(part, path)
 
-    run = here / "run" / "1"
-    monkeypatch.setattr(train, "CHUNK", 2)
+    assert call("--run_dir", "whole")[0] == 0
+    run = quick / "run" / "1"
     monkeypatch.setattr(train.os, "replace", full)
     status, _, err = call()
     assert status == 1 and err.count("\n") == 1
@@ -125,7 +125,7 @@ def test_after_a_full_disk_a_run_goes_on_and_ends_the_same(whole, here, monkeypa
     monkeypatch.setattr(train.os, "replace", replace)
     status, out, _ = call("--resume")
     assert status == 0 and "resuming run/1 after iteration 2" in out
-    assert_same(whole[0] / "run" / "1", run)
+    assert_same(quick / "whole", run)
 
 
 def assert_same(one, other):

@@ -1,7 +1,5 @@
 """Figures show all that they are given; studies run from start to figure."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -238,28 +236,6 @@ def test_devices_of_a_run_come_first_and_as_they_are():
 def save_tiny(folder):
     """A run of a tiny network that was not trained."""
     train.save(begun(*train.configure(train.parse(TINY)[0])), folder)
-
-
-def test_a_study_from_start_to_figure(here, monkeypatch, capsys):
-    monkeypatch.setattr(studies, "RESTS", (10.0, 1e6))
-    save_tiny(here / "mine")
-    studies.main(["drift", "mine", "--n", "3", "--out", "."])
-    out = capsys.readouterr().out
-    assert "second task, readout restored before, 1e+06 s" in out and "(n = 3)" in out
-    assert (here / "drift.png").exists() and (here / "drift.json").exists()
-
-
-def test_a_study_of_classes_from_start_to_figure(here, monkeypatch, capsys):
-    """Of more shots than the training had."""
-    flags = {"tasks": write_classes("few.npz"), "n_way": 3, "task_size": 6, "device": "perf"}
-    train.save(begun(*configured(**flags)), here / "mine")
-    monkeypatch.setattr(studies, "devices_for", lambda run: run.devices)
-    studies.main(["few_shot", "mine", "--n", "3", "--out", ".", "--task_size", "9"])
-    out = capsys.readouterr().out
-    assert "perf, look 2" in out and "perf, nearest mean of a class" in out
-    found = json.loads((here / "few_shot.json").read_text())["perf"]
-    assert all(0 <= x["mean"] <= 100 for x in found.values())
-    assert (here / "few_shot.png").exists()
 
 
 def test_the_nearest_mean_is_that_of_a_plain_loop(here):
