@@ -170,7 +170,8 @@ def held_current(drive, w, u):
     """What inputs u [L, n_in] and the bias add to the membranes of layer 0 in each time step
     [L, neurons], of the weights w [(n_in + 1)·n_rows, neurons] of all rows."""
     n_in = u.shape[1]
-    mean = jnp.mean(w.reshape(n_in + 1, -1, w.shape[1]), 1)  # [n_in + 1, neurons]
+    rows = w.reshape(n_in + 1, -1, w.shape[1])
+    mean = jnp.mean(rows, 1)  # [n_in + 1, neurons]
     return drive * (u @ mean[:-1] + BIAS * mean[-1])
 
 
@@ -198,10 +199,12 @@ def present(dynamics, hidden, u):
         activity = step(dynamics, held, upper, activity)
         return activity, activity
 
-    layers = tuple(at_rest((len(u), w.shape[1])) for w in hidden)
+    n_inputs = len(u)
+    layers = tuple(at_rest((n_inputs, w.shape[1])) for w in hidden)
     rest = Activity(layers, jnp.zeros_like(layers[-1].z))
     unroll = 1 if jax.default_backend() == "cpu" else 10
-    return jax.lax.scan(both, rest, length=dynamics.n_steps, unroll=unroll)[1]
+    _, over_time = jax.lax.scan(both, rest, length=dynamics.n_steps, unroll=unroll)
+    return over_time
 
 
 def rates(activity):
@@ -216,7 +219,8 @@ def rates(activity):
 def total(device, g):
     """Σ G (µS) of a crossbar's devices g [2, rows, cols]; at least a thousandth of the range, as
     all of them may read as 0."""
-    return jnp.maximum(jnp.sum(g), 1e-3 * analog.span(device))
+    least = 1e-3 * analog.span(device)
+    return jnp.maximum(jnp.sum(g), least)
 
 
 def each(f, key, device, network, *rest):
@@ -225,7 +229,8 @@ def each(f, key, device, network, *rest):
     *hidden_keys, readout_key = jax.random.split(key, len(network.hidden) + 1)
     pairs = zip(hidden_keys, network.hidden, strict=True)
     hidden = tuple(f(key, device, value, *rest) for key, value in pairs)
-    return Network(hidden, f(readout_key, device, network.readout, *rest))
+    readout = f(readout_key, device, network.readout, *rest)
+    return Network(hidden, readout)
 
 
 def assemble(key, device, make, g, circuit):
@@ -235,7 +240,8 @@ def assemble(key, device, make, g, circuit):
     def tile(key, device, target):
         make_key, gain_key = jax.random.split(key)
         gain = circuit.gains(gain_key, target.shape[2])
-        return Tile(make(make_key, device, target), total(device, target), gain, circuit)
+        xbar = make(make_key, device, target)
+        return Tile(xbar, total(device, target), gain, circuit)
 
     return each(tile, key, device, g)
 
@@ -263,7 +269,8 @@ def read(key, device, tile, t, compensate):
     w = tile.gain * analog.weights(device, analog.convert(device, g))
     if not compensate:
         return w
-    return w * (tile.reference / total(device, g))
+    factor = tile.reference / total(device, g)
+    return w * factor
 
 
 def refer(key, device, tile, t):
@@ -276,7 +283,8 @@ def start(key, device, sizes, n_in, n_out, n_rows):
     hidden layer, n_rows the rows of an input."""
     uniform = partial(jax.random.uniform, minval=-1.0, maxval=1.0)
     first, *keys = jax.random.split(key, len(sizes))
-    of_inputs = min(1.0, 4 / n_in**0.5) * uniform(first, (n_in + 1, sizes[0]))
+    largest = min(1.0, 4 / n_in**0.5)
+    of_inputs = largest * uniform(first, (n_in + 1, sizes[0]))
     w = [jnp.repeat(of_inputs, n_rows, 0)]
     for key, n_before, n in zip(keys, sizes[:-1], sizes[1:], strict=True):
         bound = (6 / (n_before + n)) ** 0.5
@@ -284,7 +292,8 @@ def start(key, device, sizes, n_in, n_out, n_rows):
         w.append(jnp.concatenate([inner, jnp.zeros((1, n))]))
     hidden = tuple(analog.conductances(device, layer) for layer in w)
     lowest = device.g_min + READOUT_START * analog.span(device)
-    return Network(hidden, jnp.full((2, sizes[-1], n_out), lowest, float))
+    readout = jnp.full((2, sizes[-1], n_out), lowest, float)
+    return Network(hidden, readout)
 
 
 # ---- figure --------------------------------------------------------------------------------------

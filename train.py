@@ -847,7 +847,8 @@ def scene(key, meta, cfg, family, device, make=analog.deploy):
 def teach(adapt_key, refer_key, meta, cfg, device, chip, u, support):
     """The readouts of a chip after each look at a support, tiles [n_inner, ...], and the pulses
     [n_inner, 2, H, n_out]."""
-    times, supports = times_of(cfg), entry(support, None)
+    times = times_of(cfg)
+    supports = entry(support, None)
     found = adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
     readouts, pulses = entry(found, 0)
     return refer(refer_key, device, readouts, times.pulses), pulses
@@ -870,7 +871,8 @@ def learn_and_test(key, meta, cfg, family, device, chip, u, task):
     adapt_key, refer_key, ask_key, day_key = jax.random.split(key, 4)
     after, pulses = teach(adapt_key, refer_key, meta, cfg, device, chip, u, task.support)
     asked = wait_of(cfg)
-    readouts = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), chip.readout, after)
+    before = entry(chip.readout, None)
+    readouts = jax.tree.map(lambda *x: jnp.concatenate(x), before, after)
     seen, w = query_chip(ask_key, cfg, device, chip, readouts, u, asked)
     late, w_late = query_chip(day_key, cfg, device, chip, readouts, u, asked + DAY)
     used = with_last(chip, readouts)
@@ -945,7 +947,8 @@ def learn(key, run, device, x, y, chip=None, age=None):
     family = run.families.testing
     meta = project(run.state.meta, *common_range([device]))
     chip_key, adapt_key, refer_key = jax.random.split(key, 3)
-    age, targets = cfg.tread if age is None else age, targets_of(meta, family)
+    targets = targets_of(meta, family)
+    age = cfg.tread if age is None else age
     if chip is None:
         chip = network.assemble(chip_key, device, analog.deploy, targets, circuit_of(cfg))
     check_chip(chip, targets, circuit_of(cfg), device, age)
@@ -1298,7 +1301,8 @@ def save(run, folder):
 def read_config(folder):
     """Config, devices by name, and all else that config.json holds. No setting may be missing."""
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    described, given = saved["device"], saved["config"]
+    given = saved["config"]
+    described = saved["device"]
     if isinstance(described, dict):
         described = [described]
     devices = dict(map(analog.from_constants, described))
@@ -1320,7 +1324,8 @@ def load(folder):
     folder = Path(folder)
     try:
         cfg, devices, saved = read_config(folder)
-        families, versions = families_of(cfg), dict(saved["versions"])
+        families = families_of(cfg)
+        versions = dict(saved["versions"])
         require(families.about == saved["data"], f"{cfg.tasks} is not the file that it was")
         # shapes need no table of programming
         exact = dataclasses.replace(cfg, off_noise=0.0)
@@ -1481,7 +1486,8 @@ def check_times(cfg, t_verify):
 
 def check_devices(cfg, devices):
     """Refuse devices, a dictionary by name, that the settings or each other rule out."""
-    n, (low, high) = len(devices), common_range(devices.values())
+    n = len(devices)
+    low, high = common_range(devices.values())
     g_max = {name: device.g_max for name, device in devices.items()}
     agree = len(set(g_max.values())) == 1
     require(cfg.rule in RULES, f"--rule must be one of {', '.join(RULES)}")
@@ -1622,7 +1628,8 @@ def cores():
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder, and copy them to img/."""
     note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}"
-    side, found = run.families.testing.side, next(iter(episodes.values()))
+    side = run.families.testing.side
+    found = next(iter(episodes.values()))
     for name, image in figures.of_run(run.rows, found, results, side, note).items():
         write(folder / name, image)
         try:

@@ -207,8 +207,10 @@ def first_tasks(key, meta, cfg, family, device):
 def chip_errors(n, run, device):
     """Errors of n chips of a device by label."""
     used = tested(LIVES["restore"], n, run, device)["error"]
+    first = tested(first_tasks, n, run, device)
     return {
-        **tested(first_tasks, n, run, device),
+        "first task": first["first task"],
+        **first,
         "second task": used[:, 1],
         "tasks 41 to 50": np.mean(used[:, 40:], 1),
         "1 % stuck": tested(last_error, n, run, device._replace(**STUCK)),
