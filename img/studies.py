@@ -37,7 +37,7 @@ import train  # noqa: E402
 from img import energy as joules  # noqa: E402
 from img import figures  # noqa: E402
 from img.baselines import baselines, readouts, solve  # noqa: E402
-from img.circuits import circuits  # noqa: E402
+from img.circuits import circuits, stuck  # noqa: E402
 from img.parts import (  # noqa: E402
     READ_NOISE,
     error,
@@ -57,7 +57,6 @@ OLD = 1e6  # s, age of an old chip
 N_LIFE = 50  # tasks of a life
 PERIOD = 1e4  # s, from one of them to the next
 AHEAD = 30.0  # s, from the end of a readout's programming to the first look at a task
-STUCK = {"stuck_low": 0.005, "stuck_high": 0.005}  # shares of all devices
 
 
 # ---- parts of experiments ------------------------------------------------------------------------
@@ -213,7 +212,7 @@ def chip_errors(n, run, device):
         **first,
         "second task": used[:, 1],
         "tasks 41 to 50": np.mean(used[:, 40:], 1),
-        "1 % stuck": tested(last_error, n, run, device._replace(**STUCK)),
+        "1 % stuck": tested(last_error, n, run, stuck("stuck1", device)),
         "ridge, written": tuned(readouts, n, run, device)["ridge, written"],
     }
 
@@ -312,7 +311,7 @@ def others_of(device):
         "no read noise": without(device, *READ_NOISE),
         "no drift": without(device, *DRIFT),
         "no noise, no drift": without(device, *PULSE_NOISE, *READ_NOISE, *DRIFT),
-        "1 % of devices stuck": device._replace(**STUCK),
+        "1 % of devices stuck": stuck("stuck1", device),
     }
 
 
