@@ -8,7 +8,8 @@ N(mean, std²) is a normal draw, r = G/g_max, and age the time since the last pu
                  G ← clip(G + N(set_slope·G + set_offset + set_history·P,
                                 (set_std_slope·G + set_std_offset + set_std_history·P)²))
     RESET        G ← clip(N(reset_mean, reset_std²)),  P ← 1
-    stuck        a share stuck_low of all devices stays at g_min, a share stuck_high at g_max
+    stuck        a share stuck_low of all devices stays at g_min, a share stuck_high at g_max; the
+                 other device of such a pair is programmed to make up for it, as far as it can
     synapse      W = (G+ − G−)/(g_max − g_min), a differential pair of devices
 
 Drift and read noise belong to a family of devices. A read gives clip(N(G(t), σ²)), with one draw
@@ -145,6 +146,7 @@ class Device(NamedTuple):
     reset_std: float  # µS
     t0: float  # s, time constant of drift; nandakumar: the age at which G is specified
     t_verify: float = MIN_AGE  # s, from a pulse of program-and-verify to its read
+    tolerance: float = 0.4 / 11.9  # share of the range by which a verified device may miss
     stuck_low: float = 0.0  # share of devices that stay at g_min
     stuck_high: float = 0.0  # share of devices that stay at g_max
     stated: StatedError | None = None  # None: programmed by pulses
@@ -374,8 +376,6 @@ def later(xbar, seconds):
 # fabricate makes a new crossbar as meta-training does, with a normal error of programming. program
 # writes an existing one. deploy does both: a new crossbar as one would program it.
 
-# Share of the range by which a verified device may miss: 0.4 µS on PCM.
-TOLERANCE = 0.4 / 11.9
 MAX_STEPS = 120  # of program-and-verify; only slow devices take more than a few dozen
 # The first step without RESETs: a device that overshoots from here on stays where it is,
 # as there would be no time to come back.
@@ -410,6 +410,16 @@ class Programmed(NamedTuple):
     reads: jax.Array  # verify reads, each t_verify after a pulse
 
 
+def goals(device, xbar, target):
+    """Conductances [2, rows, cols] in µS that programming to target aims at. A stuck device stays
+    where it is, as verify reads show, and the other one of its pair makes up for it: their weight
+    is that of the target where the range allows it."""
+    is_sound = jnp.all(xbar.free, 0)
+    missed = jnp.flip(xbar.g - target, 0)
+    made_up = clip(target + missed, device.g_min, device.g_prog)
+    return jnp.where(xbar.free, jnp.where(is_sound, target, made_up), xbar.g)
+
+
 def write(device, xbar, target, error, nu, t):
     """Crossbar whose devices were programmed to target [2, rows, cols] in µS at times t (s), missed
     it by error (µS) and have drift exponents nu. The error is straight-through: the gradient
@@ -438,6 +448,7 @@ def fabricate(key, device, target, table=EXACT):
     in µS ended at time 0: with errors and ages of the table, as normal draws."""
     stuck_key, error_key, nu_key = jax.random.split(key, 3)
     new = blank(stuck_key, device, target.shape)
+    target = goals(device, new, target)
     mean, std, age = table.at(target)
     error = mean + std * jax.random.normal(error_key, target.shape)
     return write(device, new, target, error, draw_nu(nu_key, device, target), -age)
@@ -452,7 +463,7 @@ def program_by_pulses(key, device, xbar, target, t):
     every = jnp.full(target.shape, True)
     began = t - MAX_STEPS * device.t_verify
     erased = reset(reset_key, device, xbar, every, began)
-    tolerance = TOLERANCE * span(device)
+    tolerance = device.tolerance * span(device)
     expected = target * mean_drift(device, target, device.t_verify)
 
     def verify(state, step):
@@ -477,6 +488,7 @@ def program(key, device, xbar, target, t=0.0):
     """Programmed to target [2, rows, cols] in µS, which ends at time t (s): by pulses, or with
     the error that the device's source states for its whole procedure, whose pulses are not
     known and not counted."""
+    target = goals(device, xbar, target)
     if device.stated is None:
         return program_by_pulses(key, device, xbar, target, t)
     error_key, nu_key = jax.random.split(key)
@@ -549,6 +561,7 @@ LOWEST = dict.fromkeys(ANY_SIGN.split(), -HIGHEST) | {
     "t0": 1e-9,
     "t_read": 1e-12,
     "t_verify": MIN_AGE,
+    "tolerance": 1e-6,
 }
 
 
@@ -608,12 +621,20 @@ def from_constants(constants):
     return name, device
 
 
+def is_reachable(device):
+    """Whether SET pulses raise G on average on the way from a RESET to g_prog: the first one, as
+    history acts most then, and one at g_prog."""
+    first = set_mean(device, device.reset_mean, 1.0)
+    last = set_mean(device, device.g_prog, 0.0)
+    return first > 0 and last > 0
+
+
 def check_range(device):
     """ValueError where the constants of a device contradict each other."""
     if not device.g_min < device.g_prog <= device.g_max:
         raise ValueError("key g_prog must be above g_min, and at most g_max")
-    if not device.g_min <= device.reset_mean <= device.g_max:
-        raise ValueError("key reset_mean must be from g_min to g_max")
+    if not device.g_min <= device.reset_mean < device.g_prog:
+        raise ValueError("key reset_mean must be from g_min to below g_prog")
     if device.stuck_low + device.stuck_high > 1:
         raise ValueError("keys stuck_low and stuck_high must not sum above 1")
     law = device.law
@@ -623,8 +644,8 @@ def check_range(device):
         law.nu_low > law.nu_high or law.nu_std_low > law.nu_std_high
     ):
         raise ValueError("a lower limit of ν is above the upper one")
-    if not device.stated and set_mean(device, device.g_prog, 0.0) <= 0:
-        raise ValueError("key g_prog is where SET no longer raises G; lower it")
+    if not device.stated and not is_reachable(device):
+        raise ValueError("key g_prog is out of reach of SET pulses after a RESET; lower it")
 
 
 def load_device(name):

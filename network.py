@@ -241,7 +241,8 @@ def assemble(key, device, make, g, circuit):
         make_key, gain_key = jax.random.split(key)
         gain = circuit.gains(gain_key, target.shape[2])
         xbar = make(make_key, device, target)
-        return Tile(xbar, total(device, target), gain, circuit)
+        reference = total(device, analog.goals(device, xbar, target))
+        return Tile(xbar, reference, gain, circuit)
 
     return each(tile, key, device, g)
 

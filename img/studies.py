@@ -92,7 +92,8 @@ def devices_for(run):
 def restore(key, device, readout, target, t):
     """Programmed to its first target again."""
     done = analog.program(key, device, readout.xbar, target, t)
-    return readout._replace(xbar=done.xbar, reference=network.total(device, target)), done
+    reference = network.total(device, analog.goals(device, done.xbar, target))
+    return readout._replace(xbar=done.xbar, reference=reference), done
 
 
 def reset(key, device, readout, target, t):

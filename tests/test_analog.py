@@ -205,15 +205,20 @@ def some_stuck(device):
     return device._replace(stuck_low=0.2, stuck_high=0.1)
 
 
+def sound(xbar):
+    """Where both devices of a pair are free."""
+    return np.broadcast_to(np.all(xbar.free, 0), xbar.free.shape)
+
+
 def test_shares_of_stuck_devices():
     """They do not drift either."""
     xbar = at(some_stuck(PCM), 5.0)
     aged = analog.drift(PCM, xbar, 1e7)
     assert np.array_equal(aged == xbar.g, ~xbar.free)
-    low = xbar.g == np.float32(0.1)
+    low = ~xbar.free & (xbar.g == np.float32(0.1))
     high = xbar.g == 12
     assert np.array_equal(low | high, ~xbar.free)
-    assert np.all(xbar.g[xbar.free] == 5)
+    assert np.all(xbar.g[sound(xbar)] == 5)
     assert_law(low, 0.2, math.sqrt(0.2 * 0.8))
     assert_law(high, 0.1, math.sqrt(0.1 * 0.9))
     assert np.all(at(PCM, 5.0).free)
@@ -227,7 +232,7 @@ def assert_only(acted, before, after, earliest=9.0):
         assert np.array_equal(old[~acted], new[~acted])
     times = after.t_prog[acted]
     assert np.all((earliest <= times) & (times <= 9))
-    assert np.mean(after.g[acted] != before.g[acted]) > 0.9
+    assert np.mean(after.g[acted] != before.g[acted]) > 0.5
 
 
 STUCK = some_stuck(IBM_HISTORY)
@@ -333,14 +338,12 @@ def test_gradient_past_no_pulse_and_past_an_error_is_exactly_one():
         return jnp.sum(after.g)
 
     def new(g):
-        after = analog.fabricate(KEY, some_stuck(PCM), g, slope)
-        return jnp.sum(after.g), after.free
+        return jnp.sum(analog.fabricate(KEY, PCM, g, slope).g)
 
     xbar = at(some_stuck(PCM), 0.1)
     assert np.all(jax.grad(not_pulsed)(xbar.g) == 1)
     slope = analog.ProgramTable(*np.float32([[0.0, 9.0]] * 4))  # depends on the target
-    gradient, free = jax.grad(new, has_aux=True)(3 * ONES)
-    assert np.array_equal(gradient, free)
+    assert np.all(jax.grad(new)(3 * ONES) == 1)
     assert not np.any(jax.jacobian(slope.at)(jnp.float32(3)))
 
 
@@ -412,7 +415,49 @@ def test_each_device_keeps_its_own_time_of_programming():
     np.testing.assert_allclose(found, plain_drift(xbar, age), rtol=1e-4)
 
 
+def goal_of(t, other_t, stuck_at):
+    """What the device of a pair of targets t and other_t (µS) is programmed to; stuck_at is where the
+    other one is stuck, None where it is not."""
+    return t if stuck_at is None else min(max(t + stuck_at - other_t, 0.1), 10.0)
+
+
+def test_the_other_device_of_a_pair_makes_up_for_a_stuck_one():
+    """The pair has its weight, or comes as close as the range allows; its gradient is that of a
+    sound one. Others are programmed as ever."""
+    target = jax.random.uniform(KEY, SHAPE, minval=0.1, maxval=10.0)
+    xbar = analog.fabricate(KEY, some_stuck(PCM), target)
+    g, t, free = (np.asarray(x, float).reshape(2, -1) for x in (xbar.g, target, xbar.free))
+    for k in range(3000):
+        for side in (0, 1):
+            if free[side, k]:
+                stuck_at = None if free[1 - side, k] else g[1 - side, k]
+                goal = goal_of(t[side, k], t[1 - side, k], stuck_at)
+                assert g[side, k] == pytest.approx(goal, abs=1e-5)
+
+    def weight(target):
+        return jnp.sum(analog.weights(PCM, analog.fabricate(KEY, some_stuck(PCM), target).g))
+
+    by_plus, by_minus = np.asarray(jax.grad(weight)(target)).reshape(2, -1) * 11.9
+    repaired = (free.sum(0) > 0) & (np.abs(g[0] - g[1] - t[0] + t[1]) < 1e-4)
+    assert repaired.mean() > 0.6
+    np.testing.assert_allclose(by_plus[repaired], 1, rtol=1e-4)
+    np.testing.assert_allclose(by_minus[repaired], -1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", [PCM, IBM], ids=["pcm", "ibm"])
+def test_a_chip_is_programmed_around_its_stuck_devices(device):
+    """Weights of 0.5 on pairs that are sound, or of which G− is stuck: on average within 0.05."""
+    target = jnp.stack([7 * ONES[0, :800], ONES[1, :800]])
+    xbar = deploy(KEY, some_stuck(device), target)
+    w = np.asarray(analog.weights(device, xbar.g))
+    plus, minus = np.asarray(xbar.free)
+    for chosen in (plus & minus, plus & (xbar.g[1] < 0.2)):
+        assert chosen.sum() > 100
+        assert w[chosen].mean() == pytest.approx(6 / analog.span(device), abs=0.05)
+
+
 TARGETS = np.linspace(0.1, 10, 33)  # µS, of a table of PCM
+
 
 
 @functools.cache
@@ -429,7 +474,7 @@ def test_at_its_own_age_t0_a_device_is_where_programming_has_left_it(device):
     xbar, found = deployed(device), table_of(device)
     own = np.asarray(analog.drift(device, xbar, xbar.t_prog + device.t0))
     np.testing.assert_allclose(own, xbar.g, rtol=1e-5)
-    chosen = np.asarray(xbar.free) & (TARGETS >= 1) & (TARGETS <= 9)
+    chosen = sound(xbar) & (TARGETS >= 1) & (TARGETS <= 9)
     wanted = np.broadcast_to(TARGETS + found.mean, chosen.shape)
     assert np.sum(chosen) > 5000
     assert np.sum(own[chosen]) / np.sum(wanted[chosen]) == pytest.approx(1, abs=0.01)
@@ -518,7 +563,7 @@ def test_a_table_is_what_deploy_leaves_of_devices_that_are_not_stuck(device):
     found, xbar = table_of(device), jax.device_get(deployed(device))
     np.testing.assert_allclose(found.target, TARGETS, rtol=1e-6)
     for i, target in enumerate(TARGETS):
-        free = xbar.free[..., i]
+        free = sound(xbar)[..., i]
         g, t_prog = xbar.g[..., i][free], xbar.t_prog[..., i][free]
         assert_entry(found, i, g - target, -t_prog)
 
@@ -672,7 +717,7 @@ def test_another_constant_compiles_nothing_anew():
     assert len(traces) == 1
 
 
-OPTIONAL = "law", "t_verify", "stuck_low", "stuck_high"
+OPTIONAL = "law", "t_verify", "tolerance", "stuck_low", "stuck_high"
 
 
 def without(*keys):
@@ -720,12 +765,20 @@ WRONG = (
     ("g_min", 12.0),
     ("g_prog", 13.0),
     ("g_prog", 0.05),
-    ("g_prog", 10.7),  # SET ends at 10.6
     ("reset_mean", 13.0),
+    ("reset_mean", 10.0),  # that of g_prog
     ("reset_mean", 0.05),
+    ("tolerance", 0),
     ("stuck_low", 1.1),
     ("stuck_high", -0.1),
 )
+
+
+@pytest.mark.parametrize("change", [{"g_prog": 10.7}, {"set_history": -1.0}])
+def test_a_device_that_pulses_cannot_raise_is_refused(change):
+    """SET ends at 10.6 µS; with such a history the first pulse lowers G."""
+    with pytest.raises(ValueError, match="g_prog is out of reach"):
+        analog.from_constants(FLAT | change)
 
 
 @pytest.mark.parametrize("key, value", WRONG)

@@ -38,9 +38,11 @@ train.main()
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder in which a process has run in one go, and what it printed."""
+    """The folder in which a process has run in one go on two of JAX's devices, and what it
+    printed."""
     folder = tmp_path_factory.mktemp("a path with späces")
-    process = launch(folder, "-c", WHOLE, *TINY, PYTHONIOENCODING="ascii")
+    places = {"JAX_NUM_CPU_DEVICES": "2"}
+    process = launch(folder, "-c", WHOLE, *TINY, PYTHONIOENCODING="ascii", **places)
     out, err = process.communicate(timeout=400)
     assert (process.returncode, err) == (0, "")  # the progress bar is on stdout
     return folder, out
