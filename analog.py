@@ -499,11 +499,16 @@ def program(key, device, xbar, target, t=0.0):
     return Programmed(write(device, xbar, target, error, nu, t), none, none, none)
 
 
-def deploy(key, device, target):
-    """A new crossbar whose programming to target [2, rows, cols] in µS has ended at time 0."""
+def program_new(key, device, target):
+    """Programmed of a new crossbar, to target [2, rows, cols] in µS, which ends at time 0."""
     stuck_key, program_key = jax.random.split(key)
     new = blank(stuck_key, device, target.shape)
-    return program(program_key, device, new, target).xbar
+    return program(program_key, device, new, target)
+
+
+def deploy(key, device, target):
+    """A new crossbar whose programming to target [2, rows, cols] in µS has ended at time 0."""
+    return program_new(key, device, target).xbar
 
 
 N_TARGETS, N_SAMPLES = 33, 2000  # of a program_table

@@ -188,10 +188,17 @@ def step(dynamics, held, upper, activity):
     return Activity(tuple(layers), e)
 
 
-def present(dynamics, hidden, u):
-    """Activity over time [T, ...], from rest, of the network with hidden weights, a tuple of [rows,
-    neurons], as each of the inputs u [L, n_in] is held for a presentation. On an accelerator ten
-    time steps are unrolled, as each is short there."""
+def rest(hidden, n_inputs):
+    """Activity of a network with hidden weights, a tuple of [rows, neurons], that is at rest under
+    that many inputs."""
+    layers = tuple(at_rest((n_inputs, w.shape[1])) for w in hidden)
+    return Activity(layers, jnp.zeros_like(layers[-1].z))
+
+
+def present(dynamics, hidden, u, start=None):
+    """Activity over time [T, ...] of a network with hidden weights, a tuple of [rows, neurons], as
+    each of the inputs u [L, n_in] is held for a presentation. It starts at rest, or from an
+    activity [L, ...]. On an accelerator ten time steps are unrolled, as each is short there."""
     first, *upper = hidden
     held = dynamics.circuit.current(0, held_current(dynamics.drive, first, u))
 
@@ -199,11 +206,9 @@ def present(dynamics, hidden, u):
         activity = step(dynamics, held, upper, activity)
         return activity, activity
 
-    n_inputs = len(u)
-    layers = tuple(at_rest((n_inputs, w.shape[1])) for w in hidden)
-    rest = Activity(layers, jnp.zeros_like(layers[-1].z))
+    start = rest(hidden, len(u)) if start is None else start
     unroll = 1 if jax.default_backend() == "cpu" else 10
-    _, over_time = jax.lax.scan(both, rest, length=dynamics.n_steps, unroll=unroll)
+    _, over_time = jax.lax.scan(both, start, length=dynamics.n_steps, unroll=unroll)
     return over_time
 
 

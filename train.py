@@ -1609,7 +1609,7 @@ def meta_test(run):
     found = {name: jax.tree.map(summary, x.measured) for name, x in episodes.items()}
     first = next(iter(found.values()))
     measured = first["rates"]["mean"], first["pulses"]["mean"]
-    chip = energy.chip_of(cfg, family.n_in, family.n_out, rows_of(cfg, family), *measured)
+    chip = energy.chip_of(cfg, family, rows_of(cfg, family), *measured)
     return episodes, {
         "step": run.step,
         "theta": np.exp(meta.log_theta).tolist(),

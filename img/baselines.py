@@ -23,7 +23,8 @@ RIDGES = np.geomspace(1e-4, 1.0, 9)
 STEPS = np.geomspace(0.03, 30.0, 21)  # of the delta rule
 MANY = 100  # looks
 FAIR = "ridge, written"  # what all errors are compared with
-NOT_DRAWN = "ridge, written without correction", "best readout of all inputs"
+LOOKS = "this network, after each look"
+NOT_DRAWN = "ridge, written without correction", "best readout of all inputs", LOOKS
 
 
 # ---- written to the chip -------------------------------------------------------------------------
@@ -247,10 +248,11 @@ def maml(key, meta, cfg, family, given):
 
 def errors_of(n, run):
     """Errors [n, n_inner + 1] of the network after each look, and errors [n] by label of all ways
-    to learn."""
+    to learn, FAIR first."""
     device = next(iter(run.devices.values()))
     looks = parts.error_of(parts.tested(train.reported, n, run).measured)
-    found = {"this network": looks[:, -1], **parts.tuned(readouts, n, run)}
+    found = parts.tuned(readouts, n, run)
+    found = {FAIR: found[FAIR], "this network": looks[:, -1], **found}
     if not run.families.about:
         function = train.FUNCTIONS[run.cfg.tasks]
         layers = trained(jax.random.key(0), function, run.cfg.task_size)
@@ -258,32 +260,28 @@ def errors_of(n, run):
     return looks, found
 
 
-def report(looks, errors):
-    """Print errors after each look [n, n_inner + 1], and errors [n] by label, these also over those
-    of FAIR. Their summaries."""
-    found = {}
-    for label, x in errors.items():
-        over = parts.ratio(x, errors[FAIR])
-        found[label] = train.summary(x) | {f"over {FAIR}": over}
-        print(
-            f"  {label:<40}{parts.in_words(found[label])}{parts.in_words(over)}", flush=True
-        )
-    after = train.summary(looks)
-    print("  after each look " + " ".join(f"{x:.3f}" for x in after["mean"]), flush=True)
-    return found, after
-
-
 def baselines(n, run):
-    """The network, regression, delta rule and MAML in float, by the number of samples."""
-    numbers, looks = {}, {}
+    """The network, regression, delta rule and MAML in float, by the number of samples: {size:
+    {label: errors}}."""
+    numbers = {}
     for shots in SHOTS:
         size = shots * (run.cfg.n_way if run.families.about else 5)
-        print(
-            f"{size} samples: {parts.unit(run)}, and over that of {FAIR}; ± 95 % interval"
-        )
-        numbers[size], looks[size] = report(*errors_of(n, parts.resized(run, size)))
-    by_size = jax.tree.map(lambda *x: list(x), *numbers.values())
-    drawn = {label: by_size[label] for label in numbers[size] if label not in NOT_DRAWN}
-    x = "samples of a task"
-    figure = figures.lines(list(numbers), drawn, x, parts.unit(run), "log")
-    return {"errors": numbers, "after each look": looks}, figure
+        print(f"{size} samples: {parts.unit(run)}, ± 95 % interval")
+        looks, errors = errors_of(n, parts.resized(run, size))
+        found = {label: parts.show(label, x, errors[FAIR]) for label, x in errors.items()}
+        numbers[size] = found | {LOOKS: parts.recorded(looks)}
+        after = " ".join(f"{x:.3f}" for x in numbers[size][LOOKS]["mean"])
+        print(f"  {LOOKS} {after}", flush=True)
+    return numbers
+
+
+def draw(found, unit):
+    """Figure of errors by the number of samples."""
+    sizes, of_sizes = [int(size) for size in found], list(found.values())
+    drawn = {}
+    for label in of_sizes[0]:
+        if label not in NOT_DRAWN:
+            means = [errors[label]["mean"] for errors in of_sizes]
+            halves = [errors[label].get("ci95", 0) for errors in of_sizes]
+            drawn[label] = {"mean": means, "ci95": halves}
+    return figures.lines(sizes, drawn, "samples of a task", unit, "log")

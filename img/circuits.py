@@ -24,7 +24,7 @@ import jax.numpy as jnp  # noqa: E402
 import analog  # noqa: E402
 import network  # noqa: E402
 import train  # noqa: E402
-from img import figures, parts  # noqa: E402
+from img import parts  # noqa: E402
 
 CURRENTS = 1.15, 4.3, 6.0  # full scales of layers 0 and 1 in a step, and of the output
 TRACES = 1.1  # that of traces
@@ -102,6 +102,10 @@ LABELS = {
     "stuck5": "5 % of devices stuck",
     "plausible": "8 bits, 2.5 Ω, gains ± 5 %, 6-bit gradient, 0.5 % stuck",
 }
+NOT_DISCHARGED = {  # and whether traces are kept
+    "membranes that are not discharged": False,
+    "membranes and traces that are not discharged": True,
+}
 STUCK_SHARE = {
     "stuck1": 0.01,
     "stuck5": 0.05,
@@ -133,8 +137,49 @@ def with_circuit(run, name):
     return run._replace(cfg=dataclasses.replace(run.cfg, circuit=name))
 
 
+N_BEFORE = 3  # inputs that were shown before, where nothing is discharged
+
+
+def after_others(key, dynamics, hidden, u, keeps_traces):
+    """Traces [L, H] after each of the inputs u [L, n_in], where others were shown before, drawn at
+    random: membranes start as they left them, and so do traces if they are kept."""
+    start = None
+    for order_key in jax.random.split(key, N_BEFORE):
+        others = u[train.shuffled(order_key, len(u))]
+        start = train.entry(network.present(dynamics, hidden, others, start), -1)
+        if not keeps_traces:
+            start = start._replace(e=jnp.zeros_like(start.e))
+    return network.present(dynamics, hidden, u, start).e[-1]
+
+
+def not_discharged(key, meta, cfg, family, device, keeps_traces):
+    """Error after a new chip has learned a task, where membranes, or traces too, are not discharged
+    between presentations."""
+    chip, u, task, key = train.scene(key, meta, cfg, family, device)
+    chip = network.later(chip, cfg.tread)
+    look_key, adapt_key, refer_key, ask_key, readout_key = jax.random.split(key, 5)
+    times, asked = train.times_of(cfg), train.wait_of(cfg)
+
+    def traces_at(inputs):
+        key, t = inputs
+        read_key, order_key = jax.random.split(key)
+        w = network.each(network.read, read_key, device, chip, t, cfg.compensate)
+        dynamics = train.dynamics_of(cfg)
+        return after_others(order_key, dynamics, w.hidden, u, keeps_traces)
+
+    e = jax.lax.map(traces_at, (jax.random.split(look_key, cfg.n_inner), times.reads))
+    support = task.support
+    readouts, _ = train.adapt(adapt_key, meta, cfg, device, chip.readout, e, support, times)
+    readout = train.entry(readouts, -1)
+    read_at = times.pulses[-1] + device.t_verify
+    readout = network.refer(refer_key, device, readout, read_at)
+    w = network.read(readout_key, device, readout, asked, cfg.compensate)
+    y = train.outputs(cfg, traces_at((ask_key, asked)), w)
+    return parts.error(family, y, task.query)
+
+
 def errors_of(n, run):
-    """Errors [n] by label, on chips of the run's first device."""
+    """Errors [n] by label, on chips of the run's first device, those of ideal circuits first."""
     device = next(iter(run.devices.values()))
     found = {}
     for name, label in LABELS.items():
@@ -143,19 +188,18 @@ def errors_of(n, run):
     still = parts.without(device, *parts.READ_NOISE)
     staying = partial(parts.last_error, make=partial(frozen, device))
     found["read noise that stays the same"] = parts.tested(staying, n, run, still)
+    for label, keeps_traces in NOT_DISCHARGED.items():
+        experiment = partial(not_discharged, keeps_traces=keeps_traces)
+        found[label] = parts.tested(experiment, n, run)
     return found
 
 
 def circuits(n, run):
-    """Errors with circuits that are not ideal, over those with ideal ones."""
+    """Errors with circuits that are not ideal, each over those with ideal ones."""
     errors = errors_of(n, run)
-    ideal, found = errors[LABELS["ideal"]], {}
-    for label, x in errors.items():
-        found[label] = parts.show(label, x)
-        over = parts.ratio(x, ideal)
-        found[label]["over ideal"] = over
-        print(f"    over ideal circuits {parts.in_words(over)}")
-    return found, figures.bars({"after adaptation": found}, parts.unit(run))
+    ideal = errors[LABELS["ideal"]]
+    found = {label: parts.show(label, x, ideal) for label, x in errors.items()}
+    return {"after adaptation": found}
 
 
 def scales(key, meta, cfg, family, device):

@@ -58,11 +58,11 @@ OLD_NAME = "read at every step: 40-40, 4 looks, 291/342 Hz"
 OLD = Chip(1, 1, 16, 40, 40, 4, 20, 2, (291.0, 342.0), 72.0, 100, n_read=100)
 
 
-def chip_of(cfg, n_in, n_out, n_rows, rates, pulses):
-    """Chip of settings (train.Config), of what they leave to the tasks, and of what a meta-test
-    has measured: mean rates (Hz) of both layers, pulses of an adaptation."""
+def chip_of(cfg, family, n_rows, rates, pulses):
+    """Chip of settings (train.Config), of a family of tasks, and of what a meta-test has measured:
+    mean rates (Hz) of both layers, pulses of an adaptation."""
     sizes = n_rows, cfg.n_h0, cfg.n_h1, cfg.n_inner, cfg.task_size, cfg.n_bits
-    return Chip(n_in, n_out, *sizes, tuple(rates), pulses, cfg.n_steps)
+    return Chip(family.n_in, family.n_out, *sizes, tuple(rates), pulses, cfg.n_steps)
 
 
 def devices(chip):

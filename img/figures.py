@@ -52,7 +52,7 @@ def empty(height, *shape, **options):
 def band(axes, x, mean, half, **style):
     """Draw means [len(x)] as a line, and their intervals of half-widths [len(x)] as a
     band."""
-    mean, half = map(np.asarray, (mean, half))
+    mean, half = np.asarray(mean, float), np.asarray(half, float)
     (line,) = axes.plot(x, mean, ms=4, **style)
     shade = {"color": line.get_color(), "alpha": 0.25, "lw": 0}
     axes.fill_between(x, mean - half, mean + half, **shade)
@@ -414,11 +414,11 @@ def presentation(t, x, spikes, membrane, output, target):
 
 @plain
 def lines(x, found, xlabel, ylabel, scale="linear"):
-    """Figure of errors along x, a line for each label of found, {label: summary}; both axes have
-    the scale."""
+    """Figure of errors along x, a line for each label of found, {label: summary}, the highest at
+    the end first; both axes have the scale."""
     figure, axes = empty(4.5)
     axes.set_prop_cycle(LINES)
-    for label, summary in found.items():
+    for label, summary in sorted(found.items(), key=lambda item: -item[1]["mean"][-1]):
         band(axes, x, summary["mean"], summary.get("ci95", 0), label=label)
     axes.set(xlabel=xlabel, xscale=scale, yscale=scale, ylabel=ylabel)
     if scale == "log":
@@ -433,37 +433,39 @@ def lines(x, found, xlabel, ylabel, scale="linear"):
 
 @plain
 def bars(groups, xlabel):
-    """Figure of errors, {group: {label: summary}}: a row for each label, in it a bar for
-    each group."""
-    labels = list(next(iter(groups.values())))
+    """Figure of errors, {group: {label: summary}}: a row for each label, in it a bar for each group
+    that has it. Groups share all rows or none."""
+    labels = list(dict.fromkeys(label for found in groups.values() for label in found))
     figure, axes = empty(1.5 + 0.45 * len(labels))
     axes.set_prop_cycle(LINES)
-    width = 0.8 / len(groups)
-    middle = np.arange(len(labels))
+    is_shared = all(len(found) == len(labels) for found in groups.values())
+    n_beside = len(groups) if is_shared else 1
+    width = 0.8 / n_beside
     for k, (group, found) in enumerate(groups.items()):
+        rows = np.array([labels.index(label) for label in found])
         axes.barh(
-            middle + (k - (len(groups) - 1) / 2) * width,
-            [x["mean"] for x in found.values()],
+            rows + (k % n_beside - (n_beside - 1) / 2) * width,
+            np.array([x["mean"] for x in found.values()], float),
             width,
-            xerr=[x.get("ci95", 0) for x in found.values()],
+            xerr=np.array([x.get("ci95", 0) for x in found.values()], float),
             hatch=("", "//", "..", "\\\\")[k % 4],
             edgecolor="white",
             label=group,
         )
-    axes.set_yticks(middle, labels)
+    axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xlabel(f"{xlabel} (lines: 95 % interval)")
-    legend_above(axes, len(groups))
+    legend_above(axes, min(len(groups), 4))
     return figure
 
 
 @plain
 def spans(found, xlabel, ylabel):
-    """Figure of errors against what is known as a range, {label: ([low, typical, high],
-    summary)}."""
+    """Figure of errors against what is known as a range, {label: (summary, [low,
+    typical, high])}."""
     figure, axes = empty(4.2)
     axes.set_prop_cycle(LINES)
-    for label, ((low, typical, high), error) in found.items():
+    for label, (error, (low, typical, high)) in found.items():
         half, span = error.get("ci95", 0), ([typical - low], [high - typical])
         axes.errorbar(typical, error["mean"], half, span, ls="none", capsize=3, label=label)
     axes.set(xscale="log", xlabel=xlabel, ylim=(0, None), ylabel=ylabel)
@@ -472,18 +474,12 @@ def spans(found, xlabel, ylabel):
 
 
 @plain
-def histograms(samples, xlabel):
-    """Figure of the distributions of positive samples, {label: values}, on a logarithmic
-    axis."""
+def histograms(found, xlabel):
+    """Figure of distributions on a logarithmic axis, {label: {edges, shares}}."""
     figure, axes = empty(4.2)
-    low = min(np.quantile(x, 0.002) for x in samples.values())
-    high = max(x.max() for x in samples.values())
-    edges = np.geomspace(low, high, 80)
     axes.set_prop_cycle(LINES)
-    for label, values in samples.items():
-        counts, _ = np.histogram(values, edges)
-        share = counts / len(values)
-        axes.step(edges[1:], share, where="pre", marker="", label=label)
+    for label, of in found.items():
+        axes.step(of["edges"][1:], of["shares"], where="pre", marker="", label=label)
     axes.set(xscale="log", xlabel=xlabel, ylabel="share of the changes")
     legend_above(axes, 3)
     return figure

@@ -90,10 +90,20 @@ def in_words(found):
     return f"{found['mean']:9.3f}{interval}"
 
 
-def show(label, values):
-    """Print mean, interval and number of values [n]. Their summary."""
-    found = train.summary(values)
-    print(f"  {label:<64}{in_words(found)}  (n = {found['n']})", flush=True)
+def recorded(values):
+    """Summary of values [n, ...], and the values of all chips, to four digits."""
+    digits = np.char.mod("%.4g", values).astype(float)
+    return train.summary(values) | {"chips": digits.tolist()}
+
+
+def show(label, values, base=None):
+    """Print mean and interval of values [n], and their ratio to a base of the same chips and tasks,
+    if there is one. All of it, recorded."""
+    found, over = recorded(values), ""
+    if base is not None:
+        found["over"] = ratio(values, base)
+        over = f"   times the first{in_words(found['over'])}"
+    print(f"  {label:<56}{in_words(found)}{over}", flush=True)
     return found
 
 

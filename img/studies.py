@@ -1,6 +1,7 @@
 """Studies of a meta-trained network: each prints a table and writes its figure and numbers.
 
     python img/studies.py STUDY RUN [RUN ...] [--n 256] [--task_size N] [--out DIR]
+    python img/studies.py STUDY [--out DIR]         draws again what was measured before
 
 compare   several networks, each on new and old chips of all devices, and their mean
 chips     one network on new, old, used and faulty chips of all devices
@@ -20,9 +21,12 @@ networks that are compared have the same tasks, and random draws from the same k
 
 import argparse
 import dataclasses
+import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
@@ -34,6 +38,7 @@ import numpy as np  # noqa: E402
 import analog  # noqa: E402
 import network  # noqa: E402
 import train  # noqa: E402
+from img import baselines as ways  # noqa: E402
 from img import energy as joules  # noqa: E402
 from img import figures  # noqa: E402
 from img.baselines import baselines, readouts, solve  # noqa: E402
@@ -43,6 +48,7 @@ from img.parts import (  # noqa: E402
     error,
     error_of,
     last_error,
+    recorded,
     resized,
     show,
     tested,
@@ -150,6 +156,12 @@ def lives(key, meta, cfg, family, device, policy):
 
 
 LIVES = {name: partial(lives, policy=policy) for name, policy in POLICIES.items()}
+IN_WORDS = {
+    "nothing": "left as it is",
+    "restore": "programmed to its first state",
+    "reset": "all devices RESET",
+    "refresh": "its own weights written again",
+}
 
 
 SPANS = (1, 1), (2, 10), (41, N_LIFE)
@@ -169,20 +181,24 @@ def show_wear(what, counts):
 
 
 def life(n, run):
-    """50 tasks in sequence on one chip, with four ways to keep its readout."""
+    """50 tasks in sequence on one chip, with four ways to keep its readout, by way."""
     numbers = {}
     for name, experiment in LIVES.items():
         found = tested(experiment, n, run)
-        print(name)
-        of = {"error": train.summary(found["error"])}
+        print(f"{name}: before each task the readout is {IN_WORDS[name]}")
+        of = {"error": recorded(found["error"])}
         for first, last in SPANS:
             label = f"error, tasks {first} to {last}"
             of[label] = show(label, np.mean(found["error"][:, first - 1 : last], 1))
         of |= show_wear("pulses", found["pulses"])
         numbers[name] = of | show_wear("resets", found["resets"])
-    drawn = {name: of["error"] for name, of in numbers.items()}
-    x = range(1, N_LIFE + 1)
-    return numbers, figures.lines(x, drawn, "task in sequence on one chip", unit(run))
+    return numbers
+
+
+def draw_life(found, unit):
+    """Figure of errors by task."""
+    drawn = {f"before a task: {IN_WORDS[name]}": of["error"] for name, of in found.items()}
+    return figures.lines(range(1, N_LIFE + 1), drawn, "task in sequence on one chip", unit)
 
 
 # ---- chips ---------------------------------------------------------------------------------------
@@ -204,6 +220,10 @@ def first_tasks(key, meta, cfg, family, device):
     return {"first task": young, "a day after it": day, "first task, 10⁶ s old": old}
 
 
+# Labels of chips that have the tasks of the first.
+SAME_TASKS = "a day after it", "first task, 10⁶ s old", "1 % stuck", "ridge, written"
+
+
 def chip_errors(n, run, device):
     """Errors of n chips of a device by label."""
     used = tested(LIVES["restore"], n, run, device)["error"]
@@ -219,26 +239,36 @@ def chip_errors(n, run, device):
 
 
 def chips(n, run):
-    """One network on new, old, used and faulty chips of all devices."""
+    """One network on new, old, used and faulty chips of all devices: {device: {label: errors}},
+    those of the same tasks over the first."""
     found = {}
     for name, device in devices_for(run).items():
         errors = chip_errors(n, run, device)
-        found[name] = {label: show(f"{name}, {label}", x) for label, x in errors.items()}
-    return found, figures.bars(found, unit(run))
+        first = errors["first task"]
+        found[name] = {}
+        for label, x in errors.items():
+            base = first if label in SAME_TASKS else None
+            found[name][label] = show(f"{name}, {label}", x, base)
+    return found
 
 
-def compare(n, *runs):
-    """Several networks, each on new and old chips of all devices, and their mean."""
-    found = {f"network {k}": {} for k in range(len(runs))}
-    for name, device in devices_for(runs[0]).items():
-        for of, run in zip(found.values(), runs, strict=True):
+def compare(n, runs):
+    """Several networks, by folder, each on new and old chips of all devices: {folder: {label:
+    errors}}. Prints their means."""
+    first, *_ = runs.values()
+    found = {folder: {} for folder in runs}
+    for name, device in devices_for(first).items():
+        for folder, run in runs.items():
             errors = tested(first_tasks, n, run, device)
-            of |= {f"{name}, {label}": train.summary(x) for label, x in errors.items()}
-    for label in found["network 0"]:
-        means = [of[label]["mean"] for of in found.values()]
+            found[folder] |= {
+                f"{name}, {label}": recorded(x) for label, x in errors.items()
+            }
+    networks = list(found.values())
+    for label in networks[0]:
+        means = [of[label]["mean"] for of in networks]
         spread = " ".join(f"{x:.3f}" for x in means)
         print(f"  {label:<40}{np.mean(means):9.3f}   each {spread}")
-    return found, figures.bars(found, unit(runs[0]))
+    return found
 
 
 # ---- drift ---------------------------------------------------------------------------------------
@@ -292,9 +322,14 @@ def drift(n, run):
     for label, values in tested(aged, n, run).items():
         for rest, column in zip(RESTS, values.T, strict=True):
             show(f"{label}, {rest:g} s", column)
-        found[label] = train.summary(values)
+        found[label] = recorded(values)
+    return found
+
+
+def draw_drift(found, unit):
+    """Figure of errors by age."""
     x = "time since the last pulse, or age of the chip (s)"
-    return {"rest": RESTS, **found}, figures.lines(RESTS, found, x, unit(run), "log")
+    return figures.lines(RESTS, found, x, unit, "log")
 
 
 # ---- limits --------------------------------------------------------------------------------------
@@ -321,9 +356,15 @@ def limits(n, run):
     others = others_of(next(iter(run.devices.values())))
     errors = {label: tested(last_error, n, run, device) for label, device in others.items()}
     exact = partial(last_error, make=analog.fabricate)
-    errors |= {"no programming error": tested(exact, n, run), **tuned(readouts, n, run)}
-    found = {label: show(label, x) for label, x in errors.items()}
-    return found, figures.bars({"after adaptation": found}, unit(run))
+    errors["no programming error"] = tested(exact, n, run)
+    groups = {
+        "the network on other devices": errors,
+        "other readouts": tuned(readouts, n, run),
+    }
+    base, found = errors["as it is"], {}
+    for group, errors in groups.items():
+        found[group] = {label: show(label, x, base) for label, x in errors.items()}
+    return found
 
 
 # ---- few_shot ------------------------------------------------------------------------------------
@@ -351,7 +392,7 @@ def few_shot(n, run):
         if run.families.about:
             errors |= tested(nearest_mean, n, run, device)
         found[name] = {label: show(f"{name}, {label}", x) for label, x in errors.items()}
-    return found, figures.bars(found, unit(run))
+    return found
 
 
 # ---- updates -------------------------------------------------------------------------------------
@@ -390,19 +431,29 @@ def moves(key, meta, cfg, family, device):
 
 
 def updates(n, run):
-    """Sizes of pulses, of a float step, and of the change that a task needs."""
-    numbers, drawn = {}, {}
+    """Distributions of sizes: of pulses, of a float step, of the change that a task needs."""
+    numbers = {}
     for label, sizes in tested(moves, n, run).items():
         positive = sizes[sizes > 0]
         if not len(positive):
             continue  # nothing was moved
-        low, median, high = np.quantile(positive, (0.05, 0.5, 0.95)).tolist()
-        numbers[label] = {"quantiles 0.05, 0.5, 0.95": [low, median, high]}
-        drawn[label] = positive
+        least, low, median, high = np.quantile(positive, (0.002, 0.05, 0.5, 0.95)).tolist()
+        edges = np.geomspace(least, positive.max(), 80)
+        counts, _ = np.histogram(positive, edges)
+        numbers[label] = {
+            "quantiles 0.05, 0.5, 0.95": [low, median, high],
+            "edges": edges.tolist(),
+            "shares": (counts / len(positive)).tolist(),
+        }
         print(
             f"  |ΔW| of {label:<48} median {median:.1e}, 90 % from {low:.1e} to {high:.1e}"
         )
-    return numbers, figures.histograms(drawn, "|ΔW| of a synapse")
+    return numbers
+
+
+def draw_updates(found, unit):
+    """Figure of the distributions."""
+    return figures.histograms(found, "|ΔW| of a synapse")
 
 
 # ---- energy --------------------------------------------------------------------------------------
@@ -410,13 +461,8 @@ def updates(n, run):
 
 def programming(key, meta, cfg, family, device):
     """Counts of programming one new chip."""
-
-    def make(key, device, target):
-        blank_key, program_key = jax.random.split(key)
-        new = analog.blank(blank_key, device, target.shape)
-        return analog.program(program_key, device, new, target)
-
-    done = network.each(make, key, device, train.targets_of(meta, family))
+    targets = train.targets_of(meta, family)
+    done = network.each(analog.program_new, key, device, targets)
     crossbars = *done.hidden, done.readout
     return {
         "SET pulses": sum(jnp.sum(x.pulses) for x in crossbars),
@@ -429,8 +475,7 @@ def chip_of(run, measured):
     """joules.Chip of a run of which a meta-test has measured arrays [n, ...]."""
     family = run.families.testing
     rates, pulses = (np.mean(measured[name], 0).tolist() for name in ("rates", "pulses"))
-    n_rows = train.rows_of(run.cfg, family)
-    return joules.chip_of(run.cfg, family.n_in, family.n_out, n_rows, rates, pulses)
+    return joules.chip_of(run.cfg, family, train.rows_of(run.cfg, family), rates, pulses)
 
 
 def at_prices(bill, item="total"):
@@ -460,29 +505,63 @@ def show_bills(label, found):
         row(f"  of an adaptation: {item}", at_prices(spent, item))
 
 
-def energy(n, *runs):
-    """Several networks: devices, and energies at low, typical and high prices."""
-    found, drawn = {joules.OLD_NAME: joules.report(joules.OLD)}, {}
-    for k, run in enumerate(runs):
+def energy(n, runs):
+    """Several networks, by folder: devices, and energies at low, typical and high prices."""
+    found = {joules.OLD_NAME: joules.report(joules.OLD)}
+    for folder, run in runs.items():
         measured = tested(train.reported, n, run).measured
-        chip, error = chip_of(run, measured), train.summary(error_of(measured)[:, -1])
+        chip, error = chip_of(run, measured), error_of(measured)[:, -1]
         made = {item: float(x[0]) for item, x in tested(programming, 1, run).items()}
         of = joules.report(chip)
         of["bills"]["programming, once"] = joules.bill(made)
-        label = f"network {k}: {chip.n_h0}-{chip.n_h1}, looks: {chip.n_inner}"
-        found[label] = {"error": error, "chip": chip._asdict(), **of}
-        if unit(run) == unit(runs[0]):  # another has no place on the axis
-            drawn[label] = at_prices(of["bills"]["adaptation"]), error
+        label = f"{folder}: {chip.n_h0}-{chip.n_h1}, looks: {chip.n_inner}"
+        found[label] = {
+            "error": recorded(error),
+            "unit": unit(run),
+            "chip": chip._asdict(),
+            **of,
+        }
     for label, of in found.items():
         show_bills(label, of)
+    return found
+
+
+def draw_energy(found, unit):
+    """Figure of errors against energies, of the networks whose errors have that unit."""
+    drawn = {
+        label: (of["error"], at_prices(of["bills"]["adaptation"]))
+        for label, of in found.items()
+        if of.get("unit") == unit
+    }
     x = "energy of an adaptation (nJ) at typical prices; bars: from low to high ones"
-    return found, figures.spans(drawn, x, unit(runs[0]))
+    return figures.spans(drawn, x, unit)
 
 
 # ---- command line --------------------------------------------------------------------------------
 
-ALL = compare, chips, drift, life, limits, few_shot, updates, baselines, energy, circuits
-STUDIES = {x.__name__: x for x in ALL}
+
+class Study(NamedTuple):
+    """A study, in two parts: what it measures is written and read again before it is drawn."""
+
+    measure: (
+        Callable  # of the number of chips and the Run, or Runs by folder; to a dictionary
+    )
+    draw: Callable  # of that dictionary and the unit of errors, to a figure
+
+
+STUDIES = {
+    "compare": Study(compare, figures.bars),
+    "chips": Study(chips, figures.bars),
+    "drift": Study(drift, draw_drift),
+    "life": Study(life, draw_life),
+    "limits": Study(limits, figures.bars),
+    "few_shot": Study(few_shot, figures.bars),
+    "updates": Study(updates, draw_updates),
+    "baselines": Study(baselines, ways.draw),
+    "energy": Study(energy, draw_energy),
+    "circuits": Study(circuits, figures.bars),
+}
+OF_SEVERAL = "compare", "energy"
 
 
 def parse(argv):
@@ -493,32 +572,42 @@ def parse(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    text = "run folder; without one, the figure is drawn again from its numbers"
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=text)
     parser.add_argument("--n", type=int, default=256, help="chips (default: 256)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("run/studies"),
-        help="folder of figures (default: run/studies)",
-    )
+    text = "folder of figures and numbers (default: run/studies)"
+    parser.add_argument("--out", type=Path, default=Path("run/studies"), help=text)
     text = "support samples of a task (default: as in training)"
     parser.add_argument("--task_size", type=int, help=text)
     given = parser.parse_args(argv)
-    if len(given.runs) > 1 and given.study not in ("compare", "energy"):
-        raise train.Refused(f"{given.study} takes one run folder")
-    if given.n < 1:
-        raise train.Refused("--n must be at least 1")
+    is_alone = len(given.runs) < 2 or given.study in OF_SEVERAL
+    train.require(is_alone, f"{given.study} takes one run folder")
+    train.require(given.n > 0, "--n must be at least 1")
     return given
 
 
+def measure(given):
+    """What a study finds, with the command that finds it."""
+    runs = {x: resized(train.load(x), given.task_size) for x in given.runs}
+    first, *_ = runs.values()
+    several = given.study in OF_SEVERAL
+    found = STUDIES[given.study].measure(given.n, runs if several else first)
+    size = f" --task_size {given.task_size}" if given.task_size else ""
+    command = f"img/studies.py {given.study} {' '.join(given.runs)} --n {given.n}{size}"
+    return {"command": f"python {command}", "unit": unit(first), "found": found}
+
+
 def execute(given):
-    """Run a study and write what it found."""
-    runs = [resized(train.load(folder), given.task_size) for folder in given.runs]
-    numbers, figure = STUDIES[given.study](given.n, *runs)
+    """Run a study, unless it was run before, and draw what it has found."""
     path = given.out / given.study
-    train.write(path.with_suffix(".png"), figures.png(figure))
-    train.write_json(path.with_suffix(".json"), numbers)
-    print(f"figure in {path}.png, numbers in {path}.json")
+    numbers = path.with_suffix(".json")
+    if given.runs:
+        train.write_json(numbers, measure(given))
+    train.require(numbers.exists(), f"there is no {numbers} to draw: name a run folder")
+    saved = json.loads(numbers.read_text(encoding="utf-8"))
+    figure = STUDIES[given.study].draw(saved["found"], saved["unit"])
+    train.write(path.with_suffix(".png"), figures.png(figure, saved["command"]))
+    print(f"figure in {path}.png, numbers of all chips in {numbers}")
 
 
 def main(argv=None):

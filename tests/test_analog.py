@@ -416,7 +416,7 @@ def test_each_device_keeps_its_own_time_of_programming():
 
 
 def goal_of(t, other_t, stuck_at):
-    """What the device of a pair of targets t and other_t (µS) is programmed to; stuck_at is where the
+    """What a device is programmed to in a pair of targets t and other_t (µS); stuck_at is where the
     other one is stuck, None where it is not."""
     return t if stuck_at is None else min(max(t + stuck_at - other_t, 0.1), 10.0)
 

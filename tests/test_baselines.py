@@ -135,12 +135,15 @@ def run_study(monkeypatch, here, cfg, devices):
     train.save(begun(cfg, devices), here / "mine")
     studies.main(["baselines", "mine", "--n", "2", "--out", "."])
     assert (here / "baselines.png").exists()
-    return json.loads((here / "baselines.json").read_text())["errors"]
+    return json.loads((here / "baselines.json").read_text())["found"]
 
 
 def test_the_study_of_functions(here, monkeypatch, capsys):
     cfg, devices = train.configure(train.parse(TINY + ["--device", "perf"])[0])
     found = run_study(monkeypatch, here, cfg, devices)
     assert found.keys() == {"10"} and "float MAML, inner steps: 10" in found["10"]
-    assert found["10"]["ridge, written"]["over ridge, written"]["mean"] == pytest.approx(1)
+    assert found["10"]["ridge, written"]["over"]["mean"] == pytest.approx(1)
+    after = found["10"]["this network, after each look"]
+    assert np.shape(after["chips"]) == (2, 3)
+    assert found["10"]["this network"]["mean"] == pytest.approx(after["mean"][-1])
     assert "10 samples: mean squared error" in capsys.readouterr().out

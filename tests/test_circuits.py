@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import begun, call, configured
 
 import analog
@@ -104,10 +105,47 @@ def test_a_circuit_that_train_does_not_know_is_refused_in_one_line(here):
 
 def test_the_study_from_start_to_figure(here, monkeypatch, capsys):
     labels = {name: circuits.LABELS[name] for name in ("ideal", "stuck5")}
+    kept = {"membranes that are not discharged": False}
     monkeypatch.setattr(circuits, "LABELS", labels)
+    monkeypatch.setattr(circuits, "NOT_DISCHARGED", kept)
     train.save(begun(*configured(device="ibm", grad_thr=0.02)), here / "mine")
     studies.main(["circuits", "mine", "--n", "3", "--out", "."])
-    assert "over ideal circuits     1.000" in capsys.readouterr().out
-    found = json.loads((here / "circuits.json").read_text())
-    assert len(found) == 3 and found["5 % of devices stuck"]["over ideal"]["mean"] != 1
+    assert "times the first    1.000" in capsys.readouterr().out
+    (found,) = json.loads((here / "circuits.json").read_text())["found"].values()
+    assert len(found) == 4 and found["5 % of devices stuck"]["over"]["mean"] != 1
+    assert all(len(x["chips"]) == 3 for x in found.values())
+
+
+def test_a_study_is_drawn_again_from_its_numbers(here, capsys):
+    numbers = {"mean": 0.5, "n": 2, "chips": [0.25, 0.75]}
+    diverged = {"mean": None, "n": 1, "chips": [None]}
+    found = {"after adaptation": {"ideal circuits": numbers, "another": diverged}}
+    saved = {"command": "as before", "unit": "error", "found": found}
+    (here / "circuits.json").write_text(json.dumps(saved))
+    studies.main(["circuits", "--out", "."])
     assert (here / "circuits.png").exists()
+    assert json.loads((here / "circuits.json").read_text()) == saved
+    with pytest.raises(SystemExit):
+        studies.main(["limits", "--out", "."])
+    assert "no limits.json to draw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keeps_traces", [True, False])
+def test_what_is_not_discharged_is_there_when_the_next_input_comes(keeps_traces):
+    """Of one input that is shown again and again, against a presentation as long as all of them."""
+    lif = network.Lif(0.97)
+    dynamics = network.Dynamics(0.2, (lif, lif), 0.99, 0.03, 40)
+    keys = jax.random.split(KEY, 2)
+    hidden = tuple(
+        jax.random.uniform(key, shape, minval=-0.2, maxval=0.8)
+        for key, shape in zip(keys, ((2, 5), (6, 4)), strict=True)
+    )
+    u = jnp.array([[1.5]])
+    n_all = 40 * (circuits.N_BEFORE + 1)
+    whole = network.present(dynamics._replace(n_steps=n_all), hidden, u)
+    last = np.asarray(whole.layers[-1].z[-40:])
+    decay = 0.99 ** np.arange(39.0, -1, -1)
+    fresh = 0.03 * np.tensordot(decay, last, 1)
+    found = circuits.after_others(KEY, dynamics, hidden, u, keeps_traces)
+    assert fresh.max() > 0.1
+    np.testing.assert_allclose(found, whole.e[-1] if keeps_traces else fresh, rtol=1e-4)

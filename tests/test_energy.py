@@ -187,19 +187,21 @@ def test_energies_are_in_nanojoules():
 
 
 def test_the_figure_shows_the_whole_range():
-    found = {"a": ([1.0, 20.0, 900.0], {"mean": 0.5, "ci95": 0.1}), "b": ([2.0] * 3, {"mean": 2.0})}
+    found = {"a": ({"mean": 0.5, "ci95": 0.1}, [1.0, 20.0, 900.0]), "b": ({"mean": 2.0}, [2.0] * 3)}
     (axes,) = figures.spans(found, "nJ", "error").axes
     low, high = axes.get_xlim()
     assert low <= 1 and high >= 900 and axes.get_ylim()[0] == 0 and axes.get_ylim()[1] >= 2
 
 
 def test_the_study_of_energy_from_start_to_figure(run, here, capsys):
-    train.save(run, here / "mine")
-    studies.main(["energy", "mine", "mine", "--n", "3", "--out", "."])
+    for name in ("mine", "other"):
+        train.save(run, here / name)
+    studies.main(["energy", "mine", "other", "--n", "3", "--out", "."])
     out = capsys.readouterr().out
-    assert energy.OLD_NAME in out and "network 1: 7-6, looks: 2" in out
-    found = json.loads((here / "energy.json").read_text())
-    of = found["network 0: 7-6, looks: 2"]
+    assert energy.OLD_NAME in out and "other: 7-6, looks: 2" in out
+    saved = json.loads((here / "energy.json").read_text())
+    assert saved["command"] == "python img/studies.py energy mine other --n 3"
+    of = saved["found"]["mine: 7-6, looks: 2"]
     chip = energy.Chip(**of["chip"])
     expected = energy.nanojoules(energy.adaptation(chip), "high")["total"]
     assert of["bills"]["adaptation"]["nJ"]["high"]["total"] == pytest.approx(expected)
