@@ -17,6 +17,7 @@ Within an adaptation, times count from its first read.
 import argparse
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -1080,7 +1081,8 @@ def train_chunk(key, cfg, lot, family, state, first, last):
         return state, jax.tree.map(jnp.add, total, measured)
 
     state, total = jax.lax.fori_loop(first, last, iterate, (state, nothing))
-    return state, jax.tree.map(lambda x: x / (last - first), total)
+    n = jnp.maximum(last - first, 1)
+    return state, jax.tree.map(lambda x: x / n, total)
 
 
 @jax.jit(static_argnums=(1, 2, 5))
@@ -1209,10 +1211,11 @@ class Run(NamedTuple):
 
 def write(path, data):
     """Put data into the file, which is replaced as a whole: a reader, or a run killed at any
-    moment, finds the old or the new. Refused where it cannot be written."""
+    moment, finds the old or the new. Refused where it cannot be written. What a killed run leaves
+    of it is removed when its folder is held again."""
     if jax.process_index():  # of several hosts the first alone writes
         return
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
@@ -1239,6 +1242,15 @@ def write_arrays(path, arrays):
     write(path, file.getvalue())
 
 
+# Settings of JAX on which random draws and sums depend.
+OF_DRAWS = (
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+)
+
+
 @cache
 def provenance():
     """What a result depends on beside its settings; the commit is marked where files were
@@ -1253,12 +1265,12 @@ def provenance():
     packages = ("jax", "jaxlib", "numpy")
     return {
         **{name: metadata.version(name) for name in packages},
+        **{name: getattr(jax.config, name) for name in OF_DRAWS},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": commit,
         "backend": jax.default_backend(),
         "devices": jax.device_count(),
-        "x64": jax.config.jax_enable_x64,
     }
 
 
@@ -1364,6 +1376,27 @@ def new_folder(run_dir):
         what = f"cannot make the run folder {folder}: {error.strerror}; try --run_dir"
         raise Refused(what) from None
     return folder
+
+
+@contextmanager
+def held(folder):
+    """Keeps other processes out of a run folder, and removes what a killed one has left of files
+    that it was writing. Refused where another one holds it."""
+    if jax.process_index():  # of several hosts the first alone writes
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise Refused(f"{folder} is in use by another run") from None
+    for part in folder.glob(".*.part"):
+        part.unlink()
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1579,13 +1612,16 @@ def row_of(step, meta, measured):
 
 def train(run, folder):
     """The Run after meta-training up to n_iter, saved every CHUNK iterations."""
+    if run.step == run.cfg.n_iter:
+        return run
     cfg, lot = run.cfg, lot_of(run.cfg, run.devices)
-    family = run.families.training
+    family, key = run.families.training, stream(run.cfg, 1)
+    # no iteration: it compiles, for which the bar's clock should not count
+    train_chunk(key, cfg, lot, family, run.state, run.step, run.step)
     bar = tqdm(total=cfg.n_iter, initial=run.step, unit="it", file=sys.stdout)
     with bar:
         while run.step < cfg.n_iter:
             last = min((run.step // CHUNK + 1) * CHUNK, cfg.n_iter)
-            key = stream(cfg, 1)
             found = train_chunk(key, cfg, lot, family, run.state, run.step, last)
             state, measured = jax.device_get(found)
             row = row_of(last, state.meta, measured)
@@ -1627,7 +1663,8 @@ def cores():
 
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder, and copy them to img/."""
-    note = f"{folder}, iteration {run.step}, seed {run.cfg.seed}"
+    about = f"{run.cfg.tasks} on {run.cfg.device}, seed {run.cfg.seed}"
+    note = f"{folder}: {about}, iteration {run.step}"
     side = run.families.testing.side
     found = next(iter(episodes.values()))
     for name, image in figures.of_run(run.rows, found, results, side, note).items():
@@ -1720,7 +1757,9 @@ def main(argv=None):
     """Run the command line."""
     with one_line_errors():
         configure_backend()
-        execute(*prepare(argv))
+        run, folder = prepare(argv)
+        with held(folder):
+            execute(run, folder)
 
 
 def end_at_once():

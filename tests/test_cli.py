@@ -406,10 +406,10 @@ def test_what_has_changed_since_is_said(quick):
     assert "changed since: nothing" in out
     config = quick / "mine" / "config.json"
     saved = json.loads(config.read_text())
-    saved["versions"] |= {"jax": "0.0", "x64": True}
+    saved["versions"] |= {"jax": "0.0", "jax_enable_x64": True}
     config.write_text(json.dumps(saved))
     _, out, _ = call("--n_iter", "6", "--run_dir", "mine", "--resume")
-    assert "after iteration 4; changed since: ['jax', 'x64']" in out
+    assert "after iteration 4; changed since: ['jax', 'jax_enable_x64']" in out
 
 
 def test_a_resume_that_only_tests_keeps_the_versions_of_the_training(quick):
@@ -443,6 +443,37 @@ def test_numbers_that_are_not_finite_are_null_and_counted(here):
 def test_a_mean_of_many_keeps_its_digits():
     x = np.full(2**20, 0.1, np.float32)
     assert train.summary(x)["mean"] == pytest.approx(np.float32(0.1), rel=1e-12)
+
+
+def test_a_folder_is_that_of_one_run_at_a_time(quick):
+    """The second of two is refused; what a killed one was writing is removed."""
+    assert call("--run_dir", "mine", "--n_iter", "2")[0] == 0
+    left = quick / "mine" / ".checkpoint.npz.0123.part"
+    left.write_bytes(b"half a file")
+    with train.held(quick / "mine"):
+        status, _, err = call("--run_dir", "mine", "--resume")
+        assert status == 2 and err == "error: mine is in use by another run\n"
+    assert call("--run_dir", "mine", "--resume")[0] == 0
+    assert sorted(path.name for path in (quick / "mine").iterdir() if path.name[0] == ".") == []
+
+
+def test_another_package_img_does_not_stand_in(tmp_path):
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "__init__.py").write_text("raise SystemExit('not ours')")
+    for script in ("train.py", "img/fit.py"):
+        process = launch(tmp_path, str(ROOT / script), "--help", PYTHONPATH=str(tmp_path))
+        out, err = process.communicate(timeout=100)
+        assert (process.returncode, err) == (0, "") and "usage" in out
+
+
+def test_no_iteration_leaves_the_figures_of_others(quick, monkeypatch):
+    monkeypatch.setattr(train, "draw", DRAW)
+    (quick / "img").mkdir()
+    theirs = quick / "img" / "meta_training.png"
+    theirs.write_bytes(b"theirs")
+    assert call("--n_iter", "0")[0] == 0
+    assert theirs.read_bytes() == b"theirs"
+    assert not (quick / "run" / "1" / "meta_training.png").exists()
 
 
 def test_a_run_needs_no_stdout(quick):
