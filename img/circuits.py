@@ -102,9 +102,12 @@ LABELS = {
     "stuck5": "5 % of devices stuck",
     "plausible": "8 bits, 2.5 Ω, gains ± 5 %, 6-bit gradient, 0.5 % stuck",
 }
-NOT_DISCHARGED = {  # and whether traces are kept
-    "membranes that are not discharged": False,
-    "membranes and traces that are not discharged": True,
+# Time steps of a pause after each presentation, and whether traces are kept.
+NOT_DISCHARGED = {
+    "nothing is discharged": (0, True),
+    "membranes are not discharged": (0, False),
+    "membranes are not discharged, but pause for 150 ms": (150, False),
+    "nothing is discharged, but pauses for 0.5 s": (500, True),
 }
 STUCK_SHARE = {
     "stuck1": 0.01,
@@ -140,21 +143,25 @@ def with_circuit(run, name):
 N_BEFORE = 3  # inputs that were shown before, where nothing is discharged
 
 
-def after_others(key, dynamics, hidden, u, keeps_traces):
+def after_others(key, dynamics, hidden, u, pause, keeps_traces):
     """Traces [L, H] after each of the inputs u [L, n_in], where others were shown before, drawn at
-    random: membranes start as they left them, and so do traces if they are kept."""
-    start = None
+    random. Membranes start as they left them after a pause of that many time steps without input,
+    and so do traces if they are kept."""
+    quiet, start = tuple(0.0 * w for w in hidden), None
     for order_key in jax.random.split(key, N_BEFORE):
         others = u[train.shuffled(order_key, len(u))]
         start = train.entry(network.present(dynamics, hidden, others, start), -1)
+        if pause:
+            waiting = dynamics._replace(n_steps=pause)
+            start = train.entry(network.present(waiting, quiet, others, start), -1)
         if not keeps_traces:
             start = start._replace(e=jnp.zeros_like(start.e))
     return network.present(dynamics, hidden, u, start).e[-1]
 
 
-def not_discharged(key, meta, cfg, family, device, keeps_traces):
+def not_discharged(key, meta, cfg, family, device, pause, keeps_traces):
     """Error after a new chip has learned a task, where membranes, or traces too, are not discharged
-    between presentations."""
+    between presentations, but pause for so many time steps."""
     chip, u, task, key = train.scene(key, meta, cfg, family, device)
     chip = network.later(chip, cfg.tread)
     look_key, adapt_key, refer_key, ask_key, readout_key = jax.random.split(key, 5)
@@ -165,7 +172,7 @@ def not_discharged(key, meta, cfg, family, device, keeps_traces):
         read_key, order_key = jax.random.split(key)
         w = network.each(network.read, read_key, device, chip, t, cfg.compensate)
         dynamics = train.dynamics_of(cfg)
-        return after_others(order_key, dynamics, w.hidden, u, keeps_traces)
+        return after_others(order_key, dynamics, w.hidden, u, pause, keeps_traces)
 
     e = jax.lax.map(traces_at, (jax.random.split(look_key, cfg.n_inner), times.reads))
     support = task.support
@@ -188,8 +195,8 @@ def errors_of(n, run):
     still = parts.without(device, *parts.READ_NOISE)
     staying = partial(parts.last_error, make=partial(frozen, device))
     found["read noise that stays the same"] = parts.tested(staying, n, run, still)
-    for label, keeps_traces in NOT_DISCHARGED.items():
-        experiment = partial(not_discharged, keeps_traces=keeps_traces)
+    for label, (pause, keeps_traces) in NOT_DISCHARGED.items():
+        experiment = partial(not_discharged, pause=pause, keeps_traces=keeps_traces)
         found[label] = parts.tested(experiment, n, run)
     return found
 

@@ -56,14 +56,29 @@ def configured(**flags):
     return train.configure({**SMALL, **flags})
 
 
+def random_meta(cfg, lot, family):
+    """Meta-parameters as train.start has them, but for thresholds, which are all 0.02: train.start
+    would take seconds to compile."""
+    kind = jax.tree.map(lambda x: x[0], lot.kinds[0])
+    columns = 1 if family.exchangeable else family.n_out
+    sizes, n_rows = train.sizes_of(cfg), train.rows_of(cfg, family)
+    key = jax.random.key(cfg.seed)
+    g = network.start(key, kind.device, sizes, family.n_in, columns, n_rows)
+    log_theta = jnp.full((cfg.n_inner, cfg.n_h1, columns), np.log(0.02), float)
+    return train.project(train.Meta(g, log_theta, jnp.zeros(())), lot.low, lot.high)
+
+
 def started(cfg, devices, family=None):
-    """Lot and state of a run that begins; the family of tasks is by default that of functions."""
+    """Lot of devices, and a state with random_meta; the family of tasks is by default that of
+    functions."""
     lot = train.lot_of(cfg, devices)
-    return lot, train.start(cfg, lot, family or train.families_of(cfg).training)
+    meta = random_meta(cfg, lot, family or train.families_of(cfg).training)
+    zero = jax.tree.map(jnp.zeros_like, meta)
+    return lot, train.State(meta, zero, zero)
 
 
 def begun(cfg, devices):
-    """The run that begins."""
+    """A run with random_meta, before its first iteration."""
     families = train.families_of(cfg)
     _, state = started(cfg, devices, families.training)
     return train.Run(cfg, devices, families, state, versions=train.provenance())

@@ -105,7 +105,7 @@ def test_a_circuit_that_train_does_not_know_is_refused_in_one_line(here):
 
 def test_the_study_from_start_to_figure(here, monkeypatch, capsys):
     labels = {name: circuits.LABELS[name] for name in ("ideal", "stuck5")}
-    kept = {"membranes that are not discharged": False}
+    kept = {"membranes are not discharged, but pause": (9, False)}
     monkeypatch.setattr(circuits, "LABELS", labels)
     monkeypatch.setattr(circuits, "NOT_DISCHARGED", kept)
     train.save(begun(*configured(device="ibm", grad_thr=0.02)), here / "mine")
@@ -146,6 +146,17 @@ def test_what_is_not_discharged_is_there_when_the_next_input_comes(keeps_traces)
     last = np.asarray(whole.layers[-1].z[-40:])
     decay = 0.99 ** np.arange(39.0, -1, -1)
     fresh = 0.03 * np.tensordot(decay, last, 1)
-    found = circuits.after_others(KEY, dynamics, hidden, u, keeps_traces)
+    found = circuits.after_others(KEY, dynamics, hidden, u, 0, keeps_traces)
     assert fresh.max() > 0.1
     np.testing.assert_allclose(found, whole.e[-1] if keeps_traces else fresh, rtol=1e-4)
+
+
+def test_a_long_pause_discharges_everything():
+    lif = network.Lif(0.9)
+    dynamics = network.Dynamics(0.2, (lif, lif), 0.9, 0.03, 40)
+    hidden = jnp.full((2, 5), 0.6), jnp.full((6, 4), 0.2)
+    u = jnp.array([[1.5], [0.7]])
+    found = circuits.after_others(KEY, dynamics, hidden, u, 400, True)
+    fresh = network.present(dynamics, hidden, u).e[-1]
+    assert fresh.min() > 0.01
+    np.testing.assert_allclose(found, fresh, rtol=1e-5)

@@ -267,7 +267,6 @@ def test_a_users_samples_are_learned_as_those_of_a_task():
     family = train.families_of(cfg).testing
     u, support = family.pool(KEY), family.sum_up(X, 2 * np.sin(X))
 
-    @jax.jit
     def expected(chip_key, *rest):
         chip = network.assemble(chip_key, device, analog.deploy, meta.g, network.Circuit())
         chip = network.later(chip, cfg.tread)
@@ -276,7 +275,7 @@ def test_a_users_samples_are_learned_as_those_of_a_task():
         return train.query_chip(KEY, cfg, device, chip, last, u, train.wait_of(cfg)), pulses
 
     (seen, w), pulses = expected(*keys(3))
-    assert pulses.sum() > 5
+    assert pulses.sum() > 2
     np.testing.assert_array_equal(found.pulses, pulses)
     outputs = (seen.e @ w[0])[network.level(cfg.dac_bits, X)]
     np.testing.assert_allclose(found.predict(KEY, X), outputs, atol=1e-4)

@@ -33,6 +33,12 @@ def close(a, b, tolerance=1e-5):
         np.testing.assert_allclose(x, y, atol=tolerance * scale, rtol=0)
 
 
+def first_state(cfg, devices):
+    """Lot of devices and the state before training."""
+    lot = train.lot_of(cfg, devices)
+    return lot, train.start(cfg, lot, family_of(cfg))
+
+
 def family_of(cfg):
     """The family of functions of the settings."""
     return train.families_of(cfg).training
@@ -197,7 +203,7 @@ class Tenfold(NamedTuple):
 def test_thresholds_start_ten_times_as_high_for_targets_ten_times_as_large(monkeypatch):
     monkeypatch.setitem(train.FUNCTIONS, "tenfold", Tenfold)
     one, ten = (
-        started(*configured(**ONE_LOOK, tasks=tasks))[1].meta.log_theta
+        first_state(*configured(**ONE_LOOK, tasks=tasks))[1].meta.log_theta
         for tasks in ("sinusoids", "tenfold")
     )
     np.testing.assert_allclose(ten - one, np.log(10), atol=1e-4)
@@ -206,7 +212,7 @@ def test_thresholds_start_ten_times_as_high_for_targets_ten_times_as_large(monke
 def test_thresholds_start_at_a_share_of_the_first_looks_gradient():
     """On ideal devices, by a plain mean over 64 tasks; the readout predicts 0."""
     cfg, devices = configured(**ONE_LOOK)
-    _, state = started(cfg, devices)
+    _, state = first_state(cfg, devices)
     family = family_of(cfg)
     hidden = [np.asarray(analog.weights(devices["perf"], g), float) for g in state.meta.g.hidden]
     _, e = oracle.loop(train.dynamics_of(cfg), hidden, family.pool(KEY))
@@ -673,7 +679,7 @@ def trained():
         lr_out=0.025,
         gain_out=0.3,
     )
-    lot, begun = started(cfg, devices)
+    lot, begun = first_state(cfg, devices)
     run = Trained(cfg, devices["perf"], lot, begun, begun, [], None)
     for first in (0, LENGTH):
         state, measured = run.go(run.state, first, first + LENGTH)
@@ -816,7 +822,7 @@ def test_the_unit_of_conductance_does_not_matter():
     loss = jax.jit(train.meta_loss, static_argnums=(2, 5))
     for factor in (1, 100):
         scaled = {"pcm": in_units("pcm", devices["pcm"], factor)}
-        lot, state = started(cfg, scaled)
+        lot, state = first_state(cfg, scaled)
         kind = jax.tree.map(lambda x: x[0], lot.kinds[0])
         losses.append(loss(KEY, state.meta, cfg, family_of(cfg), kind, 3)[1]["loss"])
         thresholds.append(state.meta.log_theta)
