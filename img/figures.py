@@ -93,17 +93,22 @@ def mark_level(axes, level, label, above):
 
 
 @plain
-def training(rows, baselines):
+def training(rows, results):
     """Figure of what adaptation reaches, against meta-iterations: the accuracy, else the squared
-    error; rows of metrics.csv, baselines {label: value}."""
+    error; rows of metrics.csv, results as in results.json."""
     figure, axes = empty(4.2)
     step = [row["step"] for row in rows]
     is_accuracy = "accuracy" in rows[0]
-    shown = [row["accuracy" if is_accuracy else "mse"] for row in rows]
-    axes.plot(step, shown, ".-", color=AFTER, label="after adaptation")
-    for label, level in baselines.items():
-        what = label.split(" of ")[-1]
-        mark_level(axes, level, what, above=level == max(baselines.values()))
+    name = "accuracy" if is_accuracy else "mse"
+    label = "after adaptation, mean over 200 meta-iterations"
+    axes.plot(step, [row[name] for row in rows], ".-", color=AFTER, label=label)
+    before = results[name]["mean"][0]
+    label = f"before adaptation, in the test: {before:.3g}"
+    axes.axhline(before, color=BEFORE, ls="--", label=label)
+    levels = results["baselines"]
+    for label, level in levels.items():
+        what = f"{label.split(' of ')[-1]}: {level:.3g}"
+        mark_level(axes, level, what, above=level == max(levels.values()))
     axes.set(xlabel="meta-iteration", xlim=(0, None))
     if is_accuracy:
         axes.set(ylabel="accuracy on new tasks (%)", ylim=(0, 100))
@@ -320,7 +325,7 @@ def of_run(rows, episodes, results, side, note):
     elif episodes.u.shape[-1] == 1:
         drawn["meta_testing.png"] = testing(episodes, results)
     if rows:
-        drawn["meta_training.png"] = training(rows, results["baselines"])
+        drawn["meta_training.png"] = training(rows, results)
     return {name: png(figure, note) for name, figure in drawn.items()}
 
 
@@ -332,7 +337,9 @@ def laws(name, panels):
     """Figure of a device's laws, a panel for each (x label, y label, x, law, samples [...,
     x])."""
     figure, axes = empty(6.4, 2, 2)
-    figure.suptitle(f"{name}: laws and simulated devices", fontsize=12)
+    n_devices = len(panels[0][-1].reshape(-1, len(panels[0][2])))
+    what = f"{name}: laws, and {n_devices:,} simulated devices at each point"
+    figure.suptitle(what, fontsize=12)
     for ax, (xlabel, ylabel, x, law, samples) in zip(axes.flat, panels, strict=True):
         samples = samples.reshape(-1, len(x))
         mean, std = np.mean(samples, 0), np.std(samples, 0)

@@ -17,6 +17,7 @@ BASELINES = {
     "squared error of predicting 0": 4.2,
     "squared error of the best function that ignores the task": 3.0,
 }
+TESTED = {"mse": {"mean": [2.9, 0.1]}, "baselines": BASELINES}  # of results.json
 
 
 def rows(n):
@@ -26,18 +27,20 @@ def rows(n):
 
 @pytest.mark.parametrize("n", [1, 5])
 def test_the_axes_of_training_show_all_data(n):
-    figure = figures.training(rows(n), BASELINES)
+    figure = figures.training(rows(n), TESTED)
     low, high = figure.axes[0].get_ylim()
     assert low <= 3.0 and high >= 24.0 and low <= 24.0 / n
 
 
 def test_the_training_of_classes_shows_their_accuracy():
     shown = [{"step": 200, "mse": 0.5, "accuracy": 40.0}, {"step": 400, "accuracy": 90.0}]
-    figure = figures.training(shown, {"accuracy (%) of chance": 20.0})
+    levels = {"accuracy (%) of chance": 20.0}
+    results = {"accuracy": {"mean": [19.0, 90.0]}, "baselines": levels}
+    figure = figures.training(shown, results)
     (axes,) = figure.axes
     assert axes.get_ylim() == (0, 100) and "accuracy" in axes.get_ylabel()
     assert axes.lines[0].get_ydata().tolist() == [40, 90]
-    assert [text.get_text() for text in axes.texts] == ["chance"]
+    assert [text.get_text() for text in axes.texts] == ["chance: 20"]
 
 
 def episodes_of(family, n, **measured):
@@ -146,7 +149,7 @@ def test_errors_that_a_logarithmic_axis_cannot_show_are_left_out():
 
 def test_settings_of_the_users_matplotlib_have_no_say():
     with matplotlib.rc_context({"text.usetex": True, "font.family": "nowhere"}):
-        figure = figures.training(rows(3), BASELINES)
+        figure = figures.training(rows(3), TESTED)
         assert figures.png(figure, "run/1, seed 0")[:4] == b"\x89PNG"
 
 
