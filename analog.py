@@ -1,7 +1,7 @@
 """A crossbar of phase-change memory (PCM): pulses, drift, read noise and programming.
 
-Gradients pass through pulses, drift and reads. ν, P and the error of programming are constants to
-them, and program-and-verify passes none. Conductances G are in µS and times in s.
+Gradients pass through pulses, drift and reads, but not through ν, P, the error of programming or
+program-and-verify. Conductances G are in µS and times in s.
 N(mean, std²) is a normal draw, r = G/g_max, and age the time since the last pulse, at least 1 s.
 
     SET pulse    P ← P·exp(−1/history_decay)
@@ -145,7 +145,7 @@ class Device(NamedTuple):
     reset_mean: float  # µS
     reset_std: float  # µS
     t0: float  # s, time constant of drift; nandakumar: the age at which G is specified
-    t_verify: float = MIN_AGE  # s, from a pulse of program-and-verify to its read
+    t_verify: float = MIN_AGE  # s, from a pulse to its verify read, or to the read of Σ G
     tolerance: float = 0.4 / 11.9  # share of the range by which a verified device may miss
     stuck_low: float = 0.0  # share of devices that stay at g_min
     stuck_high: float = 0.0  # share of devices that stay at g_max
@@ -156,7 +156,7 @@ class Crossbar(NamedTuple):
     """State of an array of differential pairs; every field is [2, rows, cols], axis 0 being
     (G+, G−)."""
 
-    g: jax.Array  # µS, the conductance that the last pulse has set
+    g: jax.Array  # µS, the conductance after the last pulse, before drift
     t_prog: jax.Array  # s, time of the last pulse
     nu: jax.Array  # drift exponent
     p: jax.Array  # history P: 1 at RESET, 0 after many pulses
@@ -165,8 +165,8 @@ class Crossbar(NamedTuple):
 
 # ---- devices -------------------------------------------------------------------------------------
 
-# Doped-GST mushroom cells: Nandakumar et al., J. Appl. Phys. 124, 152135 (2018), the form whose
-# pulses all act alike. ν's spread is not given there: 0.008 is what aihwkit has at high G. SET
+# Doped-GST mushroom cells: Nandakumar et al., J. Appl. Phys. 124, 152135 (2018), their model
+# without pulse history. ν's spread is not given there: 0.008 is what aihwkit has at high G. SET
 # has its fixed point at 10.6 µS, so that 10 µS is the highest that programming reaches.
 PCM = Device(
     law=Nandakumar(nu_mean=0.04, nu_std=0.008, read_slope=0.03, read_offset=0.13),
@@ -344,9 +344,9 @@ def changed(xbar, mask, **fields):
 
 
 def pulse(key, device, xbar, amount, t, is_reset=False):
-    """Crossbar after one pulse of each device at time t (s): a RESET where is_reset [2, rows,
-    cols], else SET. amount [2, rows, cols] is 1 where it is fired and 0 where it is not, or
-    the share of a SET pulse: a number, so that it passes a gradient."""
+    """Crossbar after one pulse of each device at time t (s): a RESET where is_reset (bool, or
+    [2, rows, cols]), else SET. amount [2, rows, cols] is 1 where the pulse is fired, 0 where it is
+    not, and between for a part of a SET pulse; gradients pass through it."""
     noise_key, nu_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, xbar.g.shape)
     amount = jnp.where(xbar.free, amount, 0.0)
@@ -373,8 +373,8 @@ def later(xbar, seconds):
 
 # ---- programming ---------------------------------------------------------------------------------
 
-# fabricate makes a new crossbar as meta-training does, with a normal error of programming. program
-# writes an existing one. deploy does both: a new crossbar as one would program it.
+# fabricate draws a new crossbar for meta-training, with normal errors of programming. program
+# programs an existing crossbar. deploy makes a blank crossbar and programs it, as on a real chip.
 
 MAX_STEPS = 120  # of program-and-verify; only slow devices take more than a few dozen
 # The first step without RESETs: a device that overshoots from here on stays where it is,
@@ -401,8 +401,7 @@ EXACT = ProgramTable(*np.zeros((4, 1), np.float32))  # no error, no age
 
 
 class Programmed(NamedTuple):
-    """What programming did: the crossbar, and what it took of each device [2, rows,
-    cols]."""
+    """Result of programming: the crossbar, and counts for each device [2, rows, cols]."""
 
     xbar: Crossbar
     pulses: jax.Array  # SET pulses
@@ -411,9 +410,9 @@ class Programmed(NamedTuple):
 
 
 def goals(device, xbar, target):
-    """Conductances [2, rows, cols] in µS that programming to target aims at. A stuck device stays
-    where it is, as verify reads show, and the other one of its pair makes up for it: their weight
-    is that of the target where the range allows it."""
+    """Conductances [2, rows, cols] in µS that programming aims at, for a target. A stuck device has
+    its own G, and the other device of its pair makes up for it: their weight is that of the target
+    where the range allows it."""
     is_sound = jnp.all(xbar.free, 0)
     missed = jnp.flip(xbar.g - target, 0)
     made_up = clip(target + missed, device.g_min, device.g_prog)
@@ -445,7 +444,7 @@ def blank(key, device, shape):
 
 def fabricate(key, device, target, table=EXACT):
     """A new crossbar, some of its devices stuck, whose programming to target [2, rows, cols]
-    in µS ended at time 0: with errors and ages of the table, as normal draws."""
+    in µS ended at time 0: errors are normal draws and ages means, both of the table."""
     stuck_key, error_key, nu_key = jax.random.split(key, 3)
     new = blank(stuck_key, device, target.shape)
     target = goals(device, new, target)
@@ -455,10 +454,10 @@ def fabricate(key, device, target, table=EXACT):
 
 
 def program_by_pulses(key, device, xbar, target, t):
-    """Programmed by program-and-verify that ends at time t (s): RESET, then MAX_STEPS steps of
-    t_verify each. In each, an unfinished device is read at the end of the step. Within the
-    tolerance of what the mean drift has left of its target (µS) it is finished; below, it gets
-    a SET pulse, and above, a RESET."""
+    """Result of program-and-verify that ends at time t (s): RESET, then MAX_STEPS steps of t_verify
+    each. An unfinished device is read at the end of each step. It is finished if it is within the
+    tolerance of its target (µS) times the mean drift; below, it gets a SET pulse; above, a RESET,
+    but from step NO_RESET on it is finished."""
     reset_key, verify_key = jax.random.split(key)
     every = jnp.full(target.shape, True)
     began = t - MAX_STEPS * device.t_verify
@@ -479,15 +478,16 @@ def program_by_pulses(key, device, xbar, target, t):
         return (xbar, fired), (under, over, unfinished)
 
     steps = jnp.arange(float(MAX_STEPS))
-    (xbar, _), counted = jax.lax.scan(verify, (erased, every), steps)
+    # stuck devices are known, and get no more pulses
+    (xbar, _), counted = jax.lax.scan(verify, (erased, xbar.free), steps)
     pulses, resets, reads = (jnp.sum(x, 0) for x in counted)
     return Programmed(xbar, pulses, resets + 1, reads)
 
 
 def program(key, device, xbar, target, t=0.0):
-    """Programmed to target [2, rows, cols] in µS, which ends at time t (s): by pulses, or with
-    the error that the device's source states for its whole procedure, whose pulses are not
-    known and not counted."""
+    """Result of programming to target [2, rows, cols] in µS, which ends at time t (s): by pulses,
+    or with the error that the device's source states. The pulses of that source are not known and
+    count as 0."""
     target = goals(device, xbar, target)
     if device.stated is None:
         return program_by_pulses(key, device, xbar, target, t)
@@ -500,7 +500,7 @@ def program(key, device, xbar, target, t=0.0):
 
 
 def program_new(key, device, target):
-    """Programmed of a new crossbar, to target [2, rows, cols] in µS, which ends at time 0."""
+    """Result of programming a new crossbar to target [2, rows, cols] in µS, ended at time 0."""
     stuck_key, program_key = jax.random.split(key)
     new = blank(stuck_key, device, target.shape)
     return program(program_key, device, new, target)
@@ -536,7 +536,7 @@ def program_table(device):
 def fire(key, device, xbar, counts, n_most, t):
     """Crossbar after counts [2, rows, cols] SET pulses at time t (s), at most n_most of
     each device, and the pulses fired. The last pulse of a device may be a part of one. The
-    derivative by a count is what the last pulse has added; that by a count of 0 is what a
+    derivative with respect to a count is what the last pulse has added; at a count of 0, what a
     first pulse would add, so that training learns of it too. A negative count makes its device
     NaN."""
     counts = jnp.where(counts < 0, jnp.nan, counts)
@@ -671,7 +671,7 @@ def load_device(name):
         RecursionError,
     ) as error:
         what = f"neither one of {', '.join(DEVICES)} nor a JSON object of constants"
-        raise ValueError(f"{name} is {what} ({error})") from None
+        raise ValueError(f"this is {what} ({error})") from None
     if found in DEVICES:
         raise ValueError(f"key name ({found}) is that of a built-in device")
     return found, device

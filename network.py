@@ -9,14 +9,13 @@
 Membranes and traces start each presentation at rest: this assumes that a chip discharges them
 before it. A spike resets its membrane by subtraction. Each input drives several rows of its
 crossbar, and the bias of layer 0 as many: each weight W0 is a mean over them, which lessens read
-noise, the spread of drift and the error of programming. The last row of a later crossbar is its
-bias.
+noise, the spread of drift and the error of programming. The last row of a later hidden crossbar is
+its bias; the readout has none.
 
 Drift compensation multiplies all weights of a crossbar by one number: Σ G when it was written, over
-Σ G now, a sum of currents that the converter has not clipped. Σ G of a crossbar
-that was programmed is that of its targets, which takes no read. That of a readout that was pulsed
-is a read t_verify after the last pulse. Hidden crossbars are compensated in every read, the readout
-at the query only.
+Σ G now, a sum of currents that the converter has not clipped. After programming, the former is Σ G
+of the targets, which takes no read; after pulses on the readout, it is read t_verify after the last
+of them. Hidden crossbars are compensated in every read, the readout at the query only.
 
 Circuits between devices and outputs are ideal, unless a Circuit says what they do.
 
@@ -68,8 +67,8 @@ class Circuit:
     # (key, n): fixed gains [n] of the columns of a new crossbar, by which its weights are
     # multiplied, the readout's too
     gains: Callable = lambda key, n: jnp.ones(n)
-    # (k, x): x [..., cols], what crossbar k (0 is the first) adds to membranes in a time step; of
-    # the readout, the outputs
+    # (k, x): x [..., cols], which crossbar k (0 is the first) adds to membranes in a time step, as
+    # the circuit passes it on; of the readout, x is the outputs
     current: Callable = lambda k, x: x
     # of traces [L, H] at the end of a presentation, for the readout and the delta rule alike
     traces: Callable = lambda e: e
@@ -168,7 +167,7 @@ def level_centres(n_bits):
 
 def held_current(drive, w, u):
     """What inputs u [L, n_in] and the bias add to the membranes of layer 0 in each time step
-    [L, neurons], of the weights w [(n_in + 1)·n_rows, neurons] of all rows."""
+    [L, neurons], through the weights w [(n_in + 1)·n_rows, neurons] of all rows."""
     n_in = u.shape[1]
     rows = w.reshape(n_in + 1, -1, w.shape[1])
     mean = jnp.mean(rows, 1)  # [n_in + 1, neurons]
@@ -269,7 +268,7 @@ def measure(key, device, tile, t):
 
 
 def read(key, device, tile, t, compensate):
-    """Weights [rows, cols] of a tile from one read at time t (s), scaled back by its reference if
+    """Weights [rows, cols] of a tile from one read at time t (s), compensated for drift if
     compensate."""
     g = measure(key, device, tile, t)
     w = tile.gain * analog.weights(device, analog.convert(device, g))

@@ -7,7 +7,7 @@
         fire pulses where g passes thresholds θ
     at ttest: the error over all inputs                       the query
 
-    meta-training: draw devices, tasks, an age and a wait before the query; move the conductances
+    meta-training: draw chips, tasks, an age and a wait before the query; move the conductances
         that chips are programmed to, and θ, against the gradient of the query's error
         through reads, drift and pulses (MAML: Finn, Abbeel, Levine, ICML 2017), by Adam
 
@@ -51,18 +51,18 @@ HERE = Path(__file__).resolve().parent
 CHUNK = 200  # meta-iterations between two checkpoints and rows of metrics.csv
 LR_THETA = 0.1  # step of the optimizer for ln θ
 LR_SCALE = 0.03  # the same for log_scale
-MAX_GRAD_NORM = 0.3  # largest norm of the outer gradient, per range of G and of ln θ
+MAX_GRAD_NORM = 0.3  # largest norm of the outer gradient, with G in units of its range
 MIN_RATE = 10.0  # Hz, mean over the inputs: neurons below it are penalised
 SILENT = 0.1  # weight of that penalty
 DAY = 86400.0  # s
 TINY = 1e-20  # below any gradient
 
 
-# ---- what a user can mend ------------------------------------------------------------------------
+# ---- errors that a user can fix ------------------------------------------------------------------
 
 
 class Refused(Exception):
-    """An error that the user can mend, in one line."""
+    """An error that the user can fix; its message is one line."""
 
     def __init__(self, message, status=2):
         super().__init__(" ".join(str(message).split()))
@@ -116,7 +116,7 @@ class Config:
     n_way: int = setting(5, "classes of a task, task_size / n_way samples of each", 2)
     batch_train: int = setting(
         128,
-        "tasks per meta-iteration, shared out among devices; so many for each of n_chips",
+        "tasks per meta-iteration (times n_chips), divided evenly among devices",
         1,
     )
     n_chips: int = setting(1, "chips of each device per meta-iteration", 1)
@@ -161,20 +161,23 @@ class Config:
         100.0, "first read of a new task, s since a chip was programmed", 1.0
     )
     tprog: float = setting(
-        None, "its first pulse, s (default: as soon as the samples have been shown)", 1.0
+        None,
+        "first pulse of a new task, s since a chip was programmed "
+        "(default: as soon as the samples have been shown)",
+        1.0,
     )
     tlook: float = setting(
         None,
-        "from one look to the next, s (default: 20, or as soon as samples allow)",
+        "from one look to the next, s (default: 20, or longer if the samples take longer)",
         1e-3,
     )
     twait: float = setting(10.0, "shortest wait from the last pulse to the query, s", 1.0)
     max_rest: float = setting(
-        1e6, "longest such wait in meta-training, s: log-uniform, twait to this", 1.0
+        1e6, "longest wait to the query in meta-training, s: log-uniform from twait", 1.0
     )
     max_age: float = setting(
         1e7,
-        "age of a chip at its first read in meta-training, s: log-uniform, tread to this",
+        "greatest age at the first read in meta-training, s: log-uniform from tread",
         1.0,
     )
     ttest: float = setting(
@@ -192,6 +195,7 @@ PRESETS = {
     "wide": {"n_inner": 12, "dac_bits": 7, "n_iter": 3000, "lr_drop": 700},
     # few-shot classification of the samples of a file
     "few_shot": {
+        "tasks": "tests/omniglot_small.npz",
         "task_size": 25,
         "n_inner": 4,
         "n_h0": 128,
@@ -219,7 +223,7 @@ PRESETS = {
 
 
 class Samples(NamedTuple):
-    """Samples of a task, summed by their input, one of the L of a pool."""
+    """Samples of a task, summed over those with the same input; a pool has L inputs."""
 
     share: jax.Array  # [L], p_l, share of the samples that have input l
     y: jax.Array  # [L, n_out], p_l ȳ_l, with the mean target ȳ_l of these
@@ -234,8 +238,8 @@ class Task(NamedTuple):
 
 
 def samples_of(counts, y):
-    """Samples of a pool that has counts [L] of them, all those of an input with targets y
-    [L, n_out]."""
+    """Samples of a task with counts [L] of them at each input of a pool, whose targets are
+    y [L, n_out]."""
     share = counts / jnp.sum(counts)
     weighted = share[:, None] * y
     return Samples(share, weighted, jnp.sum(weighted * y))
@@ -466,8 +470,8 @@ def draw_tasks(key, family, u, n):
 
 
 def delta_rule(e, y, samples):
-    """Gradient [H, n_out] of the samples' squared error by the readout's weights, at the outputs
-    y [L, n_out] of traces e [L, H]."""
+    """Gradient [H, n_out] of the samples' squared error with respect to the readout's weights, at
+    the outputs y [L, n_out] of traces e [L, H]."""
     return 2 * e.T @ (samples.share[:, None] * y - samples.y)
 
 
@@ -477,9 +481,9 @@ def max_pulses(cfg):
 
 
 def comparators(key, cfg, gradient, theta):
-    """Pulses [2, H, n_out] on G+ and G−, Σ_j H(∓g − jθ), for the gradient g [H, n_out] and
-    thresholds θ, one for each synapse or for all. The surrogate of H is as wide as the rms of g, so
-    that targets of any scale learn alike."""
+    """Pulses [2, H, n_out] on G+ and G−, Σ_j H(∓g − jθ) over j from 1 to max_pulses, for the
+    gradient g [H, n_out] and thresholds θ, one for each synapse or for all. The surrogate of H is
+    as wide as the rms of g, so that targets of any scale are learned alike."""
     width = jax.lax.stop_gradient(jnp.sqrt(jnp.mean(gradient**2)))
     wanted = jnp.stack([-gradient, gradient])
     j = jnp.arange(1.0, max_pulses(cfg) + 1)[:, None, None, None]
@@ -516,7 +520,7 @@ class Meta(NamedTuple):
     g: network.Network
     # [n_inner, H, n_out], ln of the thresholds; [n_inner, 1, 1] where synapses share one
     log_theta: jax.Array
-    # s, where the outer loss is the cross-entropy of exp(s)·ŷ; else without effect
+    # ln of the factor of outputs ŷ in the cross-entropy of classes; else without effect
     log_scale: jax.Array
 
 
@@ -611,7 +615,7 @@ def adapt(key, meta, cfg, device, readout, e, support, times):
 
 
 def adapt_chip(key, meta, cfg, device, chip, u, supports, times, reads):
-    """adapt for each of the supports [tasks, ...], by a copy of the chip's readout; the hidden
+    """Results of adapt for each of the supports [tasks, ...] on its own copy of the readout. Hidden
     crossbars are read at times reads (s), [n_inner], or [1] where one read serves all looks."""
     hidden_key, adapt_key = jax.random.split(key)
 
@@ -638,6 +642,7 @@ def refer(key, device, readouts, times):
     return jax.vmap(one)(jax.random.split(key, len(times)), readouts, times)
 
 
+@jax.jit(static_argnums=1)
 def query_chip(key, cfg, device, chip, readouts, u, t):
     """Seen at time t (s) of a chip, and weights [n, H, n_out] of readouts, tiles [n, ...]."""
     hidden_key, readout_key = jax.random.split(key)
@@ -684,7 +689,7 @@ def log_uniform(key, low, high):
 def rate_penalty(cfg, rates):
     """Σ_layers ((mean rate − target_fr)/100 Hz)² + SILENT·mean(max(0, 1 − rate/MIN_RATE)²), of the
     rates (Hz) of each layer's neurons. Without its second part ever more neurons fall silent, and
-    pulses with them, so that longer training does harm."""
+    longer training raises the error."""
 
     def of_layer(x):
         mean = ((jnp.mean(x) - cfg.target_fr) / 100) ** 2
@@ -703,9 +708,9 @@ def activity_of(cfg, rates):
 
 
 def meta_loss(key, meta, cfg, family, kind, n_tasks):
-    """Outer loss of one chip and n_tasks tasks, the family's and the penalty of rates, and means of
-    what is measured on the way. All looks share one read of the hidden crossbars, which halves the
-    time of eight. On a chip each look has its own: other noise, and a little more drift."""
+    """Outer loss of one chip and n_tasks tasks, that of the family plus the penalty on rates; and
+    means of what is measured on the way. All looks share one read of the hidden crossbars, which
+    halves the time. On a chip each look has its own read: other noise, and a little more drift."""
     keys = iter(jax.random.split(key, 8))
     device, table = kind
     make = partial(analog.fabricate, table=table)
@@ -742,8 +747,8 @@ def scale(sizes, tree):
 
 
 def shorten(gradient):
-    """The gradient, no longer than MAX_GRAD_NORM. Through several looks it explodes in the first
-    iterations, and Adam would remember that for a thousand more."""
+    """The gradient, its norm clipped to MAX_GRAD_NORM. Through several looks it explodes in the
+    first iterations, and Adam would remember that for a thousand more."""
     norm = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(gradient)))
     factor = jnp.minimum(1.0, MAX_GRAD_NORM / jnp.maximum(norm, TINY))
     return jax.tree.map(lambda x: factor * x, gradient)
@@ -777,8 +782,8 @@ def schedule(cfg, step):
 
 
 def update(cfg, lot, state, gradient, step):
-    """State after one step of the optimizer: lr_out of the range, LR_THETA of ln θ, times the
-    schedule's factor."""
+    """State after one step of the optimizer, of size lr_out times the range of G, LR_THETA for ln θ
+    and LR_SCALE for log_scale, times the schedule's factor."""
     units = Meta(g=lot.span, log_theta=1.0, log_scale=1.0)
     rates = Meta(g=cfg.lr_out * lot.span, log_theta=LR_THETA, log_scale=LR_SCALE)
     direction, state = adam(state, shorten(scale(units, gradient)), step)
@@ -795,8 +800,9 @@ def stream(cfg, index):
 
 @jax.jit(static_argnums=0)
 def start(cfg, lot, family):
-    """State before training: the thresholds are a share of the rms of the gradients on a new chip
-    of the first device by name, its readout compensated and its gradients exact."""
+    """State before training; thresholds are a share of the rms of the gradients on a new chip of
+    the alphabetically first device: programmed exactly, its readout compensated for drift, its
+    gradients not passed through the circuit."""
     keys = iter(jax.random.split(stream(cfg, 0), 6))
     kind = entry(lot.kinds[0], 0)
     device = kind.device._replace(g_min=lot.low)
@@ -845,6 +851,7 @@ def scene(key, meta, cfg, family, device, make=analog.deploy):
     return chip, u, family.task(task_key, u), key
 
 
+@jax.jit(static_argnums=3)
 def teach(adapt_key, refer_key, meta, cfg, device, chip, u, support):
     """The readouts of a chip after each look at a support, tiles [n_inner, ...], and the pulses
     [n_inner, 2, H, n_out]."""
@@ -913,7 +920,7 @@ class Learned(NamedTuple):
 
 def check_chip(chip, targets, circuit, device, age):
     """Refuse a chip whose crossbars are not those of the targets, a Network in µS, whose circuit is
-    another, or that would be read at an age (s) before its last pulse."""
+    another, or that would be read at an age (s) less than t_verify after its last pulse."""
     tiles = *chip.hidden, chip.readout
     for tile, target in zip(tiles, jax.tree.leaves(targets), strict=True):
         finite("each crossbar of the chip", tile.xbar.g, target.shape[1:])
@@ -929,6 +936,8 @@ def accept(run, device, x, y):
     """Settings, inputs [N, n_in] and targets [N, n_out] for samples of a user; Refused where these
     or the device do not fit the network."""
     cfg, family = run.cfg, run.families.testing
+    is_device = isinstance(device, analog.Device)
+    require(is_device, "device must be an analog.Device, such as analog.IBM")
     g_max = next(iter(run.devices.values())).g_max
     other = f"the network needs devices of g_max {g_max:g} µS, not {device.g_max:g}"
     require(device.g_max == g_max, other)
@@ -938,6 +947,12 @@ def accept(run, device, x, y):
         cfg = resize(cfg, len(u), {"its device": device})
     check_times(cfg, device.t_verify)
     return cfg, u, y
+
+
+@jax.jit(static_argnums=1)
+def new_chip(key, cfg, device, targets):
+    """A chip whose programming to targets, a Network in µS, has ended at its time 0."""
+    return network.assemble(key, device, analog.deploy, targets, circuit_of(cfg))
 
 
 def learn(key, run, device, x, y, chip=None, age=None):
@@ -951,7 +966,7 @@ def learn(key, run, device, x, y, chip=None, age=None):
     targets = targets_of(meta, family)
     age = cfg.tread if age is None else age
     if chip is None:
-        chip = network.assemble(chip_key, device, analog.deploy, targets, circuit_of(cfg))
+        chip = new_chip(chip_key, cfg, device, targets)
     check_chip(chip, targets, circuit_of(cfg), device, age)
     chip = network.later(chip, age)
     support = samples_of(jnp.ones(len(u)), y)
@@ -971,8 +986,8 @@ def learn(key, run, device, x, y, chip=None, age=None):
 
 
 def summary(x):
-    """Mean of x [n, ...] over axis 0, n, how many of them are not finite, if any are, and from 64
-    on the half-width of its 95 % confidence interval."""
+    """The mean of x [n, ...] over axis 0, and n; if some of the n are not finite, how many; from
+    n = 64 on the half-width of the mean's 95 % confidence interval."""
     x = np.asarray(x, float)  # as a sum of many loses digits in float32
     found = {"mean": np.mean(x, 0).tolist(), "n": len(x)}
     n_bad = int(np.sum(~np.isfinite(x.reshape(len(x), -1)).all(1)))
@@ -997,8 +1012,8 @@ def in_turn(f, x):
 
 
 def places_for(*numbers):
-    """The largest number of JAX's devices that each of these numbers of chips can be shared out to
-    evenly. All that one compiled program runs has to use the same, and several hosts use all."""
+    """The largest number of JAX's devices that each of these numbers of chips can be divided among
+    evenly. All chips of a compiled program use the same devices, and several hosts use all."""
     n_all = jax.device_count()
     found = next(k for k in range(n_all, 0, -1) if not any(n % k for n in numbers))
     needed = f"several hosts need a multiple of {n_all} chips: --n_chips, --batch_test"
@@ -1106,11 +1121,13 @@ def read_samples(path):
         content = (Path(path) if os.path.exists(path) else HERE / path).read_bytes()
         with np.load(io.BytesIO(content)) as file:
             arrays = dict(file)
-        x, y = arrays["x"], arrays["y"]
     except Exception as error:  # a damaged archive fails in many ways
         what = f"neither one of {', '.join(FUNCTIONS)} nor a file of arrays x and y"
         raise Refused(f"--tasks: {path} is {what}: {error}") from None
-    return x, y, arrays.get("test"), hashlib.sha256(content).hexdigest()
+    has_both = {"x", "y"} <= arrays.keys()
+    require(has_both, f"--tasks: {path} has arrays {list(arrays)}, but needs x and y")
+    sha256 = hashlib.sha256(content).hexdigest()
+    return arrays["x"], arrays["y"], arrays.get("test"), sha256
 
 
 class Data(NamedTuple):
@@ -1127,15 +1144,18 @@ def load_data(path):
     """Data of a file of arrays x [N, ...], y [N] and perhaps test [N]; Refused where they make no
     sense."""
     x, y, test, sha256 = read_samples(path)
+    require(y.dtype.kind in "bui", f"{path}: y must hold integers: number your classes")
     x, y = finite(f"x of {path}", x, x.shape[1:]), finite(f"y of {path}", y, ())
     classes = np.unique(y)
     last_fifth = classes[len(classes) - len(classes) // 5 :]
     if test is None:
         test = np.isin(y, last_fifth)
-    require(y.dtype.kind in "bui", f"{path}: y must hold integers")
     require(test.dtype == bool, f"{path}: test must hold true and false")
     require(len(x) == len(y) == test.size, f"{path}: x, y and test differ in length")
     require(not np.all(test), f"{path}: the training part is empty")
+    shared = np.intersect1d(y[test], y[~test]).size
+    if shared:
+        print(f"warning: {shared} classes of {path} are in its test and its training part")
     low, high = float(x[~test].min()), float(x[~test].max())
     share = (x.reshape(len(x), -1) - low) / max(high - low, TINY)
     is_square = x.ndim == 3 and x.shape[1] == x.shape[2]
@@ -1157,6 +1177,7 @@ def classes_of(cfg, data, is_testing):
     n_all, fewest = len(names), int(min(n_members, default=0))
     where = f"{'test' if is_testing else 'training'} part of {cfg.tasks}"
     few = f"{where}: {n_all} classes are fewer than --n_way {cfg.n_way}"
+    few += "; lower it, or choose the samples of the test in an array test"
     small = f"{where}: a class has {fewest} samples, but a task needs {shots} and a query"
     require(left_over == 0, f"--task_size must be a multiple of --n_way, {cfg.n_way}")
     require(n_all >= cfg.n_way, few)
@@ -1331,8 +1352,8 @@ def read_checkpoint(folder, like):
 
 
 def load(folder):
-    """The Run in a folder; Refused where it holds none. What it lacks is refused by name, never
-    filled in."""
+    """The Run in a folder; Refused where it holds none. A setting or array that it lacks is
+    refused by name, never filled in; a device's constant is, if it has a default."""
     folder = Path(folder)
     try:
         cfg, devices, saved = read_config(folder)
@@ -1453,7 +1474,7 @@ def parse(argv):
     about = (__doc__ or "").split("\n\n")[0]
     parser = Parser(allow_abbrev=False, description=about)
     add_settings(parser)
-    text = "settings for one job; flags beside it win"
+    text = "settings that belong together; other flags override them"
     parser.add_argument("--preset", choices=PRESETS, help=text)
     parser.add_argument(
         "--run_dir", help="folder of the run (default: the next of run/1, …)"
@@ -1475,12 +1496,14 @@ def devices_of(names):
     parts = (
         [names] if os.path.isfile(names) else [name.strip() for name in names.split(",")]
     )
-    try:
-        found = [analog.load_device(part) for part in parts]
-    except ValueError as error:
-        raise Refused(f"--device: {error}") from None
-    devices = dict(found)
-    require(len(devices) == len(found), "--device: a name stands twice")
+    devices = {}
+    for part in parts:
+        try:
+            name, device = analog.load_device(part)
+        except ValueError as error:
+            raise Refused(f"--device {part}: {error}") from None
+        require(name not in devices, f"--device: {name} stands twice")
+        devices[name] = device
     return devices
 
 
@@ -1526,12 +1549,13 @@ def check_devices(cfg, devices):
     require(cfg.rule in RULES, f"--rule must be one of {', '.join(RULES)}")
     circuit_of(cfg)  # refuses an unknown one
     require(cfg.batch_train % n == 0, f"--batch_train must be a multiple of {n} devices")
-    require(agree, f"--device: all must agree in g_max (µS), but have {g_max}")
+    differ = f"--device: all must agree in g_max (µS), but have {g_max}"
+    require(agree, f"{differ}; img/fit.py takes --g_max")
     require(low < high, "--device: no conductance can be programmed on all of them")
 
 
 def resize(cfg, task_size, devices):
-    """The settings for tasks of another size, whose samples take another time."""
+    """The settings for tasks of another size, with default times for their samples."""
     times = dict.fromkeys(("tprog", "tlook", "ttest"))
     return complete(dataclasses.replace(cfg, task_size=task_size, **times), devices)
 
@@ -1562,7 +1586,8 @@ def resumed(flags, folder):
     now = provenance().items()
     changed = [name for name, x in now if run.versions.get(name) != x]
     print(
-        f"resuming {folder} after iteration {run.step}; changed since: {changed or 'nothing'}"
+        f"resuming {folder} after iteration {run.step}; "
+        f"versions changed since: {changed or 'none'}"
     )
     return run._replace(cfg=cfg)
 
@@ -1663,10 +1688,10 @@ def cores():
 
 def draw(run, episodes, results, folder):
     """Draw the run's figures into its folder, and copy them to img/."""
-    about = f"{run.cfg.tasks} on {run.cfg.device}, seed {run.cfg.seed}"
-    note = f"{folder}: {about}, iteration {run.step}"
     side = run.families.testing.side
-    found = next(iter(episodes.values()))
+    name, found = next(iter(episodes.items()))
+    about = f"{run.cfg.tasks}, trained on {run.cfg.device}, seed {run.cfg.seed}"
+    note = f"{folder}: {about}, iteration {run.step}; test on chips of {name}"
     for name, image in figures.of_run(run.rows, found, results, side, note).items():
         write(folder / name, image)
         try:

@@ -39,8 +39,8 @@ def means_of(kind, rest):
 
 
 def excess(kind, rest):
-    """What a read of devices at the lowest target has too much on average (µS), rest s after
-    programming has ended, as the converter clips it there."""
+    """How far above g_min devices at the lowest target read on average (µS), rest s after
+    programming has ended, because the converter clips there."""
     device, table = kind
     g, share = means_of(kind, rest)[0], device.g_min / device.g_max
     std = device.law.read_std(g, share, table.age[0] + rest, device.t0)

@@ -5,8 +5,8 @@
     python img/circuits.py scales RUN                           full scales of a network
 
 Each row has the chips, tasks and random draws of the first. Full scales are the 99.9 % quantiles
-of img/trained on a chip of `pcm`, means over 64 chips; that of the output is the largest target and
-a fifth more. A converter clips what is beyond. They suit functions only.
+of img/trained on chips of `pcm`, means over 64; that of the output is 1.2 times the largest target.
+A converter clips what is beyond. These full scales suit functions only, not classes.
 """
 
 import argparse
@@ -145,8 +145,8 @@ N_BEFORE = 3  # inputs that were shown before, where nothing is discharged
 
 def after_others(key, dynamics, hidden, u, pause, keeps_traces):
     """Traces [L, H] after each of the inputs u [L, n_in], where others were shown before, drawn at
-    random. Membranes start as they left them after a pause of that many time steps without input,
-    and so do traces if they are kept."""
+    random. Each of the others is followed by a pause of that many time steps without input.
+    Membranes are never discharged, traces only if not keeps_traces."""
     quiet, start = tuple(0.0 * w for w in hidden), None
     for order_key in jax.random.split(key, N_BEFORE):
         others = u[train.shuffled(order_key, len(u))]

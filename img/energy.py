@@ -1,8 +1,8 @@
 """Energy and number of devices of a chip, counted from what the simulation does and measures.
 
-A presentation shows one input for n_steps time steps, and a query is one (and the three sums that
-its compensation takes, which all queries at that time share). An adaptation is
-n_inner looks at task_size of them, their gradients and the pulses. Counted are
+A presentation shows one input for n_steps time steps. A query is one presentation and the three
+sums of its drift compensation, which all queries at that time share. An adaptation is n_inner looks
+of task_size presentations each, their gradients and the pulses. Counted are
 
     reads of layer 0       all its devices, once where a sample-and-hold keeps the input's current
                            for the presentation, else at each time step
@@ -19,8 +19,8 @@ n_inner looks at task_size of them, their gradients and the pulses. Counted are
                            in each look a comparison of each of its devices with each threshold
     SET pulses             as measured; an adaptation has no RESET and no verify read
 
-The reads of a presentation are those of a look's weights: the simulation only draws their noise
-once for all samples. Not counted: leakage, wires, control, samples in memory, conversion of traces
+Each presentation reads the devices anew; only the simulation draws their noise once for all
+samples of a look. Not counted: leakage, wires, control, samples in memory, conversion of traces
 for the gradient. Counts are {item: number}. prices.json has the price of each item, and of each
 price low, typical and high values in pJ, and where they are from.
 """

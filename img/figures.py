@@ -71,7 +71,7 @@ def legend_above(axes, n_columns):
 def plain_ticks(axis):
     """Write the ticks of a logarithmic axis as plain numbers."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 
@@ -100,7 +100,7 @@ def training(rows, results):
     step = [row["step"] for row in rows]
     is_accuracy = "accuracy" in rows[0]
     name = "accuracy" if is_accuracy else "mse"
-    label = "after adaptation, mean over 200 meta-iterations"
+    label = "after adaptation, mean since the point before"
     axes.plot(step, [row[name] for row in rows], ".-", color=AFTER, label=label)
     before = results[name]["mean"][0]
     label = f"before adaptation, in the test: {before:.3g}"
@@ -242,7 +242,7 @@ def show_classes(panels, side, task, u, output):
     adaptation."""
     support, index = of_classes(side, u, task.support, 5)
     show_images(panels[0], support, np.full(index.shape, True))
-    panels[0].suptitle("one task: a class a row,\nthe samples seen", fontsize=10)
+    panels[0].suptitle("one task, a row per class:\nthe samples seen", fontsize=10)
     query, index = of_classes(side, u, task.query, 8)
     right = np.argmax(output[index], 2) == np.arange(len(index))[:, None]
     show_images(panels[1], query, right)
@@ -276,11 +276,12 @@ def classes(side, episodes, results):
         )
     mean = found["mean"][-1]
     words = f"{mean:.0f} %, a day later {results['accuracy_day']['mean']:.0f} %"
-    axes.annotate(words, (looks[-1], mean), (0, 8), ha="right", textcoords="offset points")
+    place = {"ha": "right", "va": "top", "textcoords": "offset points"}
+    axes.annotate(words, (looks[-1], mean), (0, -14), **place)
     axes.set(xlabel="looks", ylabel="accuracy (%)", ylim=(0, 100), xticks=looks)
     n = len(episodes.measured["accuracy"])
     title = f"{n} tasks, each on a chip of its own\n{activity(results)}"
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=9)
     return figure
 
 
@@ -304,7 +305,8 @@ def table(results):
     lines = [f"  {what:<60}{x:9.3f}" for what, x in results["baselines"].items()]
     for name, found in results["devices"].items():
         n = found["pulses"]["n"]
-        lines.append(f"{n} tasks, each on its own chip of {name}; mean ± 95 % interval")
+        interval = " ± 95 % interval" if "ci95" in found["pulses"] else ""
+        lines.append(f"{n} tasks, each on its own chip of {name}; mean{interval}")
         for key in (key for key in MEASURED if key in found):
             halves = np.ravel(found[key].get("ci95", []))
             for i, mean in enumerate(np.ravel(found[key]["mean"])):

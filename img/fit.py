@@ -13,9 +13,9 @@ curves.csv.
 What is assumed: a read without time_s has the age analog.MIN_AGE. t0 is the earliest age, so that G
 is what the earliest reads see. A pulse acts on this G, whatever drift has left of it, as does
 analog.pulse. G is cut off at g_max and at g_min, which is reset_mean − 2·reset_std, at least 0.
-g_max is pcm's 12 µS where the highest read is from half of it to all, else that read. g_prog is
-94 % of where SET stops raising G, as pcm's is, at most g_max. What reads cannot tell, as spreads
-from one device, is pcm's, its µS scaled to g_max.
+g_max is pcm's 12 µS if the highest read is from 6 to 12 µS, else the highest read. g_prog is 94 %
+of the G where SET stops raising it, as pcm's is, at most g_max. What reads cannot tell, such as
+spreads if there is one device, is pcm's, its µS scaled to g_max.
 
 The likelihood is that of an extended Kalman filter with the state (G, ν) of each device. Its
 maximum is found by Fisher scoring, damped as by Levenberg; standard errors are of the information
@@ -76,13 +76,16 @@ def columns_of(path):
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, restkey="no column")
-            reads = sorted(map(read_of, rows))
+            missing = {"device", "pulse", "g_uS"} - set(rows.fieldnames or ())
+            if missing:
+                raise ValueError(f"no column {sorted(missing)}; found {rows.fieldnames}")
+            reads = sorted(map(read_of, rows), key=lambda read: read[:3])
         device, pulse, age, g = map(np.array, zip(*reads, strict=True))
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         what = (
             "rows of device, pulse, g_uS and perhaps time_s, with commas and decimal points"
         )
-        raise train.Refused(f"{path} must have {what}: {error!r}") from None
+        raise train.Refused(f"{path} must have {what}: {error}") from None
     has_pulses = min(pulse) == 0 and max(pulse) > 1
     train.require(np.all(np.isfinite(g + age)), f"{path}: leave out what is not a number")
     train.require(min(age) >= 0, f"{path}: time_s must be 0 or more")
@@ -266,10 +269,20 @@ def simulate(key, device, n_pairs, n_pulses, ages):
     return np.reshape(reads, (1 + n_pulses, len(ages), -1)).transpose(2, 0, 1)
 
 
+def at_each_age(g, age):
+    """Ages (s), those within 1 % taken as one, and the mean of the reads g (µS) at each of them,
+    [devices, pulses, ages]."""
+    ages = np.nanmean(age, (0, 1))  # of the first reads, of the second, …
+    first = np.append(0, 1 + np.flatnonzero(np.diff(ages) > 0.01 * ages[:-1]))
+    n_known = np.add.reduceat(np.isfinite(g), first, 2, dtype=float)
+    total = np.add.reduceat(np.nan_to_num(g), first, 2)
+    return ages[first], np.where(n_known > 0, total / np.maximum(n_known, 1), np.nan)
+
+
 def draw(name, device, g, age):
     """Figure of measured and simulated devices: after each pulse, and at the ages after that one
     which was read most."""
-    ages = np.nanmean(age, (0, 1))
+    ages, g = at_each_age(g, age)
     most = np.argmax(np.sum(np.isfinite(g), (0, 2)))
     n_pulses = g.shape[1] - 1
     simulated = simulate(
@@ -328,7 +341,7 @@ def execute(path, name, g_max):
     train.require(n_reads >= N_LEAST, f"{path} needs {N_LEAST} reads or more")
     train.require(name.isidentifier(), f"--name {name} must be letters, digits and _")
     train.require(is_free, f"--name {name} is that of a built-in device")
-    train.require(is_in_range, f"--g_max {g_max:g} is below a tenth of the reads")
+    train.require(is_in_range, f"--g_max {g_max:g}: over a tenth of reads are above it")
     device, errors = fit(g, age, g_max)
     constants = constants_of(path, name, device)
     print(report(device, errors), file=sys.stderr)
@@ -337,6 +350,8 @@ def execute(path, name, g_max):
             "with one read of a pulse, read_offset and reset_std are hardly told apart"
         )
         print(warning, file=sys.stderr)
+    if np.nanmax(g) > 1000:
+        print(f"reads reach {np.nanmax(g):.4g} µS: are they in nS?", file=sys.stderr)
     figure = path.with_suffix(".png")
     train.write(figure, figures.png(draw(name, device, g, age), str(path)))
     print(f"figure in {figure}", file=sys.stderr)
@@ -351,7 +366,7 @@ def main(argv=None):
     parser.add_argument(
         "--g_max",
         type=float,
-        help="µS, the highest G (default: by the reads)",
+        help="µS, the highest G (default: 12 if the highest read is from 6 to 12, else that read)",
     )
     with train.one_line_errors():
         given = parser.parse_args(argv)

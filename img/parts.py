@@ -97,8 +97,8 @@ def recorded(values):
 
 
 def show(label, values, base=None):
-    """Print mean and interval of values [n], and their ratio to a base of the same chips and tasks,
-    if there is one. All of it, recorded."""
+    """Values [n] as recorded, with their ratio to a base of the same chips and tasks if there is
+    one; prints mean, interval and ratio."""
     found, over = recorded(values), ""
     if base is not None:
         found["over"] = ratio(values, base)

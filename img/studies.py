@@ -205,8 +205,8 @@ def draw_life(found, unit):
 
 
 def first_tasks(key, meta, cfg, family, device):
-    """Errors, by label, of the same task that a chip meets first at the age tread, and a
-    day after it, or at the age OLD."""
+    """Errors, by label, of one task on one chip: learned at the age tread, at the query and a day
+    later; and learned at the age OLD instead."""
     chip, u, task, key = train.scene(key, meta, cfg, family, device)
 
     def at(age):
@@ -275,8 +275,7 @@ def compare(n, runs):
 
 
 def kept(key, cfg, family, device, chip, u, query):
-    """Errors, by what is compensated, of a chip that learned a task before, at its time
-    0."""
+    """Errors at time 0, by what is compensated, of a chip that has learned a task before."""
 
     def with_compensation(hidden, readout):
         settings = dataclasses.replace(cfg, compensate=hidden)
@@ -290,8 +289,8 @@ def kept(key, cfg, family, device, chip, u, query):
 
 
 def aged(key, meta, cfg, family, device):
-    """Errors [RESTS] of one chip by what it did: it learned a task and rested; it was new
-    and that old; it rested and was restored, which begins then, and learned a second task."""
+    """Errors [RESTS] of one chip, by label: of a task learned before it rested; of a first task at
+    that age; of a second task, after it rested and its readout was then restored."""
     chip, u, first, key = train.scene(key, meta, cfg, family, device)
     first_key, task_key, ask_key, keep_key, second_key = jax.random.split(key, 5)
     learned = partial(train.learn_and_test, first_key, meta, cfg, family, device)
@@ -591,6 +590,7 @@ def measure(given):
     runs = {x: resized(train.load(x), given.task_size) for x in given.runs}
     first, *_ = runs.values()
     several = given.study in OF_SEVERAL
+    print(f"{given.study}, {given.n} chips: {unit(first)}")
     found = STUDIES[given.study].measure(given.n, runs if several else first)
     size = f" --task_size {given.task_size}" if given.task_size else ""
     command = f"img/studies.py {given.study} {' '.join(given.runs)} --n {given.n}{size}"

@@ -255,6 +255,7 @@ def test_programming_leaves_stuck_devices(device):
     xbar = jax.tree.map(lambda x: x[:, :50], at(device, 4.0))
     done = program(KEY, device, xbar, 5 * ONES[:, :50], 9.0)
     assert_only(xbar.free, xbar, done.xbar, 9.0 - analog.MAX_STEPS)
+    assert not np.any(np.where(xbar.free, 0, done.pulses + done.reads))
 
 
 # ---- many pulses ---------------------------------------------------------------------------------

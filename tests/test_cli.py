@@ -403,7 +403,7 @@ def test_a_platform_that_is_absent_is_one_line(tmp_path):
 def test_what_has_changed_since_is_said(quick):
     assert call("--n_iter", "2", "--run_dir", "mine")[0] == 0
     _, out, _ = call("--n_iter", "4", "--run_dir", "mine", "--resume")
-    assert "changed since: nothing" in out
+    assert "changed since: none" in out
     config = quick / "mine" / "config.json"
     saved = json.loads(config.read_text())
     saved["versions"] |= {"jax": "0.0", "jax_enable_x64": True}

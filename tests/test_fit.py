@@ -146,9 +146,9 @@ def test_a_read_without_time_is_at_the_earliest_age(tmp_path):
     [
         ("", "must have rows"),
         (HEAD, "must have rows"),
-        ("device,pulse,g\na,0,1\n", "g_uS"),
+        ("device,pulse,g\na,0,1\n", "no column ['g_uS']; found"),
         ("device,pulse,g_uS,t\na,0,1,1\n", "a cell of t"),
-        ("device;pulse;g_uS\na;0;1,5\n", "decimal points"),
+        ("device;pulse;g_uS\na;0;1,5\n", "found ['device;pulse;g_uS']"),
         (HEAD + "a,0,1,5\na,1,2,5\n", "a cell of no column"),
         (HEAD + 'a,0,"1,5"\n', "'1,5'"),
         (HEAD + "a,0\n", "must have rows"),
@@ -214,6 +214,16 @@ def test_the_figure_shows_the_means_of_what_is_known(n_ages, n_panels):
         later = figure.axes[1].lines[0]
         np.testing.assert_allclose(later.get_xdata(), AGES)
         np.testing.assert_allclose(later.get_ydata(), np.mean(g[:, 4], 0))
+
+
+def test_reads_keep_their_order_and_those_of_one_age_are_averaged(tmp_path):
+    """Sorted by their values, the first of two reads would always be the lower."""
+    text = "device,pulse,g_uS,time_s\n" + "a,0,1,\na,1,2.5,1\na,1,1.5,1\na,1,3,60\na,1,5,60.1\n"
+    g, age = fit.load(written(tmp_path, text + "a,2,3,\n"))
+    assert g[0, 1].tolist() == [2.5, 1.5, 3, 5]
+    ages, means = fit.at_each_age(g, age)
+    assert ages.tolist() == [1, 60]
+    np.testing.assert_array_equal(means[0], [[1, np.nan], [2, 4], [3, np.nan]])
 
 
 @pytest.mark.parametrize("top, g_max", [(5.0, 5.0), (7.0, 12.0), (12.0, 12.0), (30.0, 30.0)])

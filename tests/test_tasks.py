@@ -216,14 +216,15 @@ def test_the_shipped_classes_suit_the_preset():
 
 
 REFUSED = [
-    ("no x", {"x": None}, "neither one of sinusoids, lines nor a file of arrays x and y"),
+    ("no x", {"x": None}, r"few.npz has arrays .'y', 'test'., but needs x and y"),
     ("length", {"y": np.zeros(3, int)}, "differ in length"),
     ("no number", {"x": np.full((72, 4), np.nan)}, "x of .* must hold finite numbers"),
     ("words", {"x": np.full((72, 4), "a")}, "x of .* must hold finite numbers"),
     ("one number", {"x": np.array(3.0)}, "x of .* must have the shape"),
     ("no sample", {"x": np.zeros((0, 4))}, "x of .* must have the shape"),
     ("no column", {"x": np.zeros((72, 0))}, "x of"),
-    ("half", {"y": np.full(72, 0.5)}, "y must hold integers"),
+    ("half", {"y": np.full(72, 0.5)}, "y must hold integers: number your classes"),
+    ("names", {"y": np.full(72, "cat")}, "y must hold integers: number your classes"),
     ("two columns", {"y": np.zeros((72, 2), int)}, r"y of .* must have the shape \[N\]"),
     ("test of numbers", {"test": np.zeros(72)}, "test must hold true and false"),
     ("test of one", {"test": np.array(True)}, "differ in length"),
@@ -241,6 +242,13 @@ def test_a_file_that_makes_no_sense_is_refused_in_one_line(here, arrays, words):
     status, _, err = call("--tasks", path, "--n_way", "3", "--task_size", "6")
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert re.search(words, err)
+
+
+def test_classes_in_both_parts_are_a_warning(here, capsys):
+    train.load_data(write_classes("few.npz"))
+    assert capsys.readouterr().out == ""
+    train.load_data(write_classes("few.npz", test=np.arange(72) % 5 == 0))
+    assert "warning: 6 classes of few.npz are in its test and" in capsys.readouterr().out
 
 
 # ---- a user's samples ----------------------------------------------------------------------------
@@ -268,8 +276,7 @@ def test_a_users_samples_are_learned_as_those_of_a_task():
     u, support = family.pool(KEY), family.sum_up(X, 2 * np.sin(X))
 
     def expected(chip_key, *rest):
-        chip = network.assemble(chip_key, device, analog.deploy, meta.g, network.Circuit())
-        chip = network.later(chip, cfg.tread)
+        chip = network.later(train.new_chip(chip_key, cfg, device, meta.g), cfg.tread)
         readouts, pulses = train.teach(*rest, meta, cfg, device, chip, u, support)
         last = jax.tree.map(lambda x: x[-1:], readouts)
         return train.query_chip(KEY, cfg, device, chip, last, u, train.wait_of(cfg)), pulses
