@@ -327,6 +327,18 @@ def test_samples_of_no_function_are_refused(x, y, words):
         train.learn(KEY, run, run.devices["ibm"], x, y)
 
 
+@pytest.mark.parametrize(
+    "device, words",
+    [
+        ("ibm", "must be an analog.Device"),
+        (analog.IBM._replace(g_max=13.0), "of g_max 12 µS, not 13"),
+    ],
+)
+def test_a_device_that_does_not_fit_is_refused(device, words):
+    with pytest.raises(train.Refused, match=words):
+        train.learn(KEY, functions(), device, X, ONE)
+
+
 CLASSES = np.array([0, 1, 2, 0, 1])
 
 
