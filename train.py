@@ -1409,11 +1409,13 @@ def held(folder):
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(handle)
         raise Refused(f"{folder} is in use by another run") from None
+    except OSError:
+        pass  # a file system without locks
     for part in folder.glob(".*.part"):
-        part.unlink()
+        part.unlink(missing_ok=True)
     try:
         yield
     finally:

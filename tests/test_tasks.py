@@ -187,10 +187,11 @@ def of_classes(data_file):
 
 def test_exchangeable_outputs_start_alike_and_differ_on_a_chip(data):
     run = of_classes("few.npz")
-    family, meta = run.families.testing, run.state.meta
-    assert meta.g.hidden[0].shape == (2, 3 * 17, 7)  # 16 inputs and the bias, 3 rows each
-    assert meta.g.readout.shape == (2, 6, 1) and meta.log_theta.shape == (2, 6, 1)
-    meta = train.project(meta, *train.common_range([analog.PCM]))
+    family, lot = run.families.testing, train.lot_of(run.cfg, run.devices)
+    first = jax.eval_shape(train.start, run.cfg, lot, run.families.training).meta
+    assert first.g.hidden[0].shape == (2, 3 * 17, 7)  # 16 inputs and the bias, 3 rows each
+    assert first.g.readout.shape == (2, 6, 1) and first.log_theta.shape == (2, 6, 1)
+    meta = train.project(run.state.meta, *train.common_range([analog.PCM]))
     scene = jax.jit(train.scene, static_argnums=2)
     chip, *_ = scene(KEY, meta, run.cfg, family, analog.PCM)
     g = chip.readout.xbar.g

@@ -760,8 +760,9 @@ def test_episodes_equal_a_plain_loop():
 
 def test_episodes_of_two_inputs_and_outputs_equal_a_plain_loop():
     cfg, devices = configured(device="perf", grad_thr=0.02)
-    _, state = started(cfg, devices, Planes())
-    shapes = [x.shape for x in jax.tree.leaves(state.meta)]
+    lot, state = started(cfg, devices, Planes())
+    first = jax.eval_shape(train.start, cfg, lot, Planes()).meta
+    shapes = [x.shape for x in jax.tree.leaves(first)]
     assert shapes == [(2, 9, 7), (2, 8, 6), (2, 6, 2), (2, 6, 2), ()]
     given = cfg, Planes(), devices["perf"], 3, state.meta
     episodes = jax.device_get(train.test(KEY, train.reported, *given))
