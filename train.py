@@ -1250,10 +1250,10 @@ def write(path, data):
         raise Refused(f"cannot write {path}: {error.strerror}", 1) from None
 
 
-def write_json(path, content):
+def write_json(path, content, indent=1):
     """Write content as JSON, null for what is not finite."""
     clean = json.loads(json.dumps(content), parse_constant=lambda name: None)
-    write(path, json.dumps(clean, indent=1).encode())
+    write(path, json.dumps(clean, indent=indent).encode())
 
 
 def write_arrays(path, arrays):

@@ -73,8 +73,8 @@ def draw(name, device, steps, aged, noise, done):
     panels = (
         ("SET pulses after RESET", "G (µS)", range(N_PULSES + 1), staircase, steps.T),
         ("age (s) of a device that drifts", "G (µS)", AGES, drifted, aged.T),
-        ("G (µS) of a device at a read", "noise (µS)", targets, zero, noise),
-        ("target of programming (µS)", "error (µS)", targets, zero, error),
+        ("G (µS) of a device at a read", "noise (µS) of the read", targets, zero, noise),
+        ("target of programming (µS)", "error (µS), before drift", targets, zero, error),
     )
     return figures.laws(name, panels)
 

@@ -602,7 +602,7 @@ def execute(given):
     path = given.out / given.study
     numbers = path.with_suffix(".json")
     if given.runs:
-        train.write_json(numbers, measure(given))
+        train.write_json(numbers, measure(given), indent=None)
     train.require(numbers.exists(), f"there is no {numbers} to draw: name a run folder")
     saved = json.loads(numbers.read_text(encoding="utf-8"))
     figure = STUDIES[given.study].draw(saved["found"], saved["unit"])
