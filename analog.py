@@ -432,13 +432,13 @@ def blank(key, device, shape):
     """A new crossbar of that shape [2, rows, cols] that was never pulsed: all devices are at g_max,
     but for those stuck at g_min."""
     stuck_key, nu_key = jax.random.split(key)
-    lot = jax.random.uniform(stuck_key, shape)
-    low = lot < device.stuck_low
-    high = lot >= 1 - device.stuck_high
+    draw = jax.random.uniform(stuck_key, shape)
+    low = draw < device.stuck_low
+    high = draw >= 1 - device.stuck_high
     free = ~(low | high)
     g = jnp.where(low, device.g_min, device.g_max)
     nu = jnp.where(free, draw_nu(nu_key, device, g), 0.0)  # a stuck device stays
-    zero = jnp.zeros_like(lot)
+    zero = jnp.zeros_like(draw)
     return Crossbar(g, zero, nu, zero, free)
 
 

@@ -278,7 +278,7 @@ def read(key, device, tile, t, compensate):
     return w * factor
 
 
-def refer(key, device, tile, t):
+def with_reference(key, device, tile, t):
     """The tile after its crossbar was pulsed, its reference a read at time t (s)."""
     return tile._replace(reference=total(device, measure(key, device, tile, t)))
 

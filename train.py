@@ -633,11 +633,11 @@ def adapt_chip(key, meta, cfg, device, chip, u, supports, times, reads):
     return jax.vmap(learn)(keys, supports)
 
 
-def refer(key, device, readouts, times):
+def with_reference(key, device, readouts, times):
     """Readouts, tiles [n, ...] that were last pulsed at times [n] (s), with their references."""
 
     def one(key, readout, t):
-        return network.refer(key, device, readout, t + device.t_verify)
+        return network.with_reference(key, device, readout, t + device.t_verify)
 
     return jax.vmap(one)(jax.random.split(key, len(times)), readouts, times)
 
@@ -664,7 +664,7 @@ class Kind(NamedTuple):
     table: analog.ProgramTable
 
 
-class Lot(NamedTuple):
+class Population(NamedTuple):
     """The devices that meta-training draws its chips from."""
 
     kinds: tuple  # of Kind, stacked: one for each law and way of programming
@@ -723,7 +723,8 @@ def meta_loss(key, meta, cfg, family, kind, n_tasks):
         next(keys), meta, cfg, device, chip, u, tasks.support, times, times.reads[:1]
     )
     last = entry(after, (slice(None), -1))
-    readouts = refer(next(keys), device, last, jnp.repeat(times.pulses[-1], n_tasks))
+    ended = jnp.repeat(times.pulses[-1], n_tasks)
+    readouts = with_reference(next(keys), device, last, ended)
     asked = times.pulses[-1] + log_uniform(next(keys), cfg.twait, cfg.max_rest)
     seen, w = query_chip(next(keys), cfg, device, chip, readouts, u, asked)
     y = outputs(cfg, seen.e, w)  # [tasks, L, n_out]
@@ -746,7 +747,7 @@ def scale(sizes, tree):
     return jax.tree.map(field, sizes, tree)
 
 
-def shorten(gradient):
+def clip_norm(gradient):
     """The gradient, its norm clipped to MAX_GRAD_NORM. Through several looks it explodes in the
     first iterations, and Adam would remember that for a thousand more."""
     norm = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(gradient)))
@@ -781,15 +782,15 @@ def schedule(cfg, step):
     return jnp.where(step < cfg.lr_drop, 1.0, 0.1 * cfg.lr_drop / jnp.maximum(step, 1))
 
 
-def update(cfg, lot, state, gradient, step):
+def update(cfg, population, state, gradient, step):
     """State after one step of the optimizer, of size lr_out times the range of G, LR_THETA for ln θ
     and LR_SCALE for log_scale, times the schedule's factor."""
-    units = Meta(g=lot.span, log_theta=1.0, log_scale=1.0)
-    rates = Meta(g=cfg.lr_out * lot.span, log_theta=LR_THETA, log_scale=LR_SCALE)
-    direction, state = adam(state, shorten(scale(units, gradient)), step)
+    units = Meta(g=population.span, log_theta=1.0, log_scale=1.0)
+    rates = Meta(g=cfg.lr_out * population.span, log_theta=LR_THETA, log_scale=LR_SCALE)
+    direction, state = adam(state, clip_norm(scale(units, gradient)), step)
     factor = schedule(cfg, step)
     moved = jax.tree.map(lambda x, d: x + factor * d, state.meta, scale(rates, direction))
-    return state._replace(meta=project(moved, lot.low, lot.high))
+    return state._replace(meta=project(moved, population.low, population.high))
 
 
 def stream(cfg, index):
@@ -799,17 +800,17 @@ def stream(cfg, index):
 
 
 @jax.jit(static_argnums=0)
-def start(cfg, lot, family):
+def start(cfg, population, family):
     """State before training; thresholds are a share of the rms of the gradients on a new chip of
     the alphabetically first device: programmed exactly, its readout compensated for drift, its
     gradients not passed through the circuit."""
     keys = iter(jax.random.split(stream(cfg, 0), 6))
-    kind = entry(lot.kinds[0], 0)
-    device = kind.device._replace(g_min=lot.low)
+    kind = entry(population.kinds[0], 0)
+    device = kind.device._replace(g_min=population.low)
     sizes = sizes_of(cfg)
     columns = 1 if family.exchangeable else family.n_out
     g = network.start(next(keys), device, sizes, family.n_in, columns, rows_of(cfg, family))
-    meta = project(Meta(g, None, jnp.zeros(())), lot.low, lot.high)
+    meta = project(Meta(g, None, jnp.zeros(())), population.low, population.high)
     make, targets = analog.fabricate, targets_of(meta, family)
     chip = network.assemble(next(keys), kind.device, make, targets, circuit_of(cfg))
     u = family.pool(next(keys))
@@ -859,7 +860,7 @@ def teach(adapt_key, refer_key, meta, cfg, device, chip, u, support):
     supports = entry(support, None)
     found = adapt_chip(adapt_key, meta, cfg, device, chip, u, supports, times, times.reads)
     readouts, pulses = entry(found, 0)
-    return refer(refer_key, device, readouts, times.pulses), pulses
+    return with_reference(refer_key, device, readouts, times.pulses), pulses
 
 
 def with_last(chip, readouts):
@@ -1035,8 +1036,8 @@ def on_chips(f, xs, meta, n_places):
     return jax.lax.with_sharding_constraint(stacked, everywhere)
 
 
-def lot_of(cfg, devices):
-    """The Lot of devices, a dictionary by name, in the order of their names."""
+def population_of(cfg, devices):
+    """The Population of devices, a dictionary by name, in the order of their names."""
     ordered = [devices[name] for name in sorted(devices)]
     groups = defaultdict(list)
     for device in ordered:
@@ -1044,7 +1045,7 @@ def lot_of(cfg, devices):
         groups[jax.tree.structure(kind)].append(kind)
     kinds = tuple(jax.tree.map(stack, *group) for group in groups.values())
     low, high = common_range(ordered)
-    return Lot(kinds, low, high, ordered[0].g_max - low)
+    return Population(kinds, low, high, ordered[0].g_max - low)
 
 
 def stack(*numbers):
@@ -1059,13 +1060,13 @@ def table_of(cfg, device):
     return analog.EXACT._replace(std=analog.EXACT.std + cfg.off_noise * device.g_max)
 
 
-def gradient_of(key, cfg, lot, family, meta):
+def gradient_of(key, cfg, population, family, meta):
     """Gradient of the outer loss and what is measured, means over n_chips chips of each
     device."""
-    numbers = [len(kind.device.g_max) for kind in lot.kinds]  # devices of each group
+    numbers = [len(kind.device.g_max) for kind in population.kinds]  # devices of each group
     n_places = places_for(*(n * cfg.n_chips for n in numbers))
     n_tasks = cfg.batch_train // sum(numbers)
-    keys = jax.random.split(key, len(lot.kinds))
+    keys = jax.random.split(key, len(population.kinds))
 
     def chip(x, meta):
         key, kind = x
@@ -1073,7 +1074,7 @@ def gradient_of(key, cfg, lot, family, meta):
         return jax.grad(loss, 1, has_aux=True)(key, meta)
 
     found = []
-    for key, kind in zip(keys, lot.kinds, strict=True):
+    for key, kind in zip(keys, population.kinds, strict=True):
         kinds = jax.tree.map(lambda x: jnp.repeat(x, cfg.n_chips, 0), kind)
         chip_keys = jax.random.split(key, len(kinds.device.g_max))
         found.append(on_chips(chip, (chip_keys, kinds), meta, n_places))
@@ -1081,10 +1082,10 @@ def gradient_of(key, cfg, lot, family, meta):
 
 
 @jax.jit(static_argnums=1)
-def train_chunk(key, cfg, lot, family, state, first, last):
+def train_chunk(key, cfg, population, family, state, first, last):
     """State after the meta-iterations from first to last − 1, and means of what was measured in
     them. A loop of any length is one compiled program, so that a stop does not change a bit."""
-    gradient = partial(gradient_of, cfg=cfg, lot=lot, family=family)
+    gradient = partial(gradient_of, cfg=cfg, population=population, family=family)
     like = jax.eval_shape(gradient, key, meta=state.meta)[1]
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
@@ -1092,7 +1093,7 @@ def train_chunk(key, cfg, lot, family, state, first, last):
         state, total = carried
         step_key = jax.random.fold_in(key, step)
         found, measured = gradient(step_key, meta=state.meta)
-        state = update(cfg, lot, state, found, step)
+        state = update(cfg, population, state, found, step)
         return state, jax.tree.map(jnp.add, total, measured)
 
     state, total = jax.lax.fori_loop(first, last, iterate, (state, nothing))
@@ -1362,7 +1363,9 @@ def load(folder):
         require(families.about == saved["data"], f"{cfg.tasks} is not the file that it was")
         # shapes need no table of programming
         exact = dataclasses.replace(cfg, off_noise=0.0)
-        like = jax.eval_shape(start, exact, lot_of(exact, devices), families.training)
+        like = jax.eval_shape(
+            start, exact, population_of(exact, devices), families.training
+        )
         return Run(cfg, devices, families, *read_checkpoint(folder, like), versions)
     except Exception as error:  # a damaged archive fails in many ways
         what = f"{folder} holds no run, a damaged one, or one of other code: {error}"
@@ -1602,7 +1605,7 @@ def prepare(argv):
         return resumed(flags, folder), folder
     cfg, devices = configure(flags)
     families = families_of(cfg)
-    state = start(cfg, lot_of(cfg, devices), families.training)
+    state = start(cfg, population_of(cfg, devices), families.training)
     run = Run(cfg, devices, families, state, versions=provenance())
     return run, new_folder(run_dir)
 
@@ -1641,15 +1644,15 @@ def train(run, folder):
     """The Run after meta-training up to n_iter, saved every CHUNK iterations."""
     if run.step == run.cfg.n_iter:
         return run
-    cfg, lot = run.cfg, lot_of(run.cfg, run.devices)
+    cfg, population = run.cfg, population_of(run.cfg, run.devices)
     family, key = run.families.training, stream(run.cfg, 1)
     # no iteration: it compiles, for which the bar's clock should not count
-    train_chunk(key, cfg, lot, family, run.state, run.step, run.step)
+    train_chunk(key, cfg, population, family, run.state, run.step, run.step)
     bar = tqdm(total=cfg.n_iter, initial=run.step, unit="it", file=sys.stdout)
     with bar:
         while run.step < cfg.n_iter:
             last = min((run.step // CHUNK + 1) * CHUNK, cfg.n_iter)
-            found = train_chunk(key, cfg, lot, family, run.state, run.step, last)
+            found = train_chunk(key, cfg, population, family, run.state, run.step, last)
             state, measured = jax.device_get(found)
             row = row_of(last, state.meta, measured)
             rows = *run.rows, row

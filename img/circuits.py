@@ -179,7 +179,7 @@ def not_discharged(key, meta, cfg, family, device, pause, keeps_traces):
     readouts, _ = train.adapt(adapt_key, meta, cfg, device, chip.readout, e, support, times)
     readout = train.entry(readouts, -1)
     read_at = times.pulses[-1] + device.t_verify
-    readout = network.refer(refer_key, device, readout, read_at)
+    readout = network.with_reference(refer_key, device, readout, read_at)
     w = network.read(readout_key, device, readout, asked, cfg.compensate)
     y = train.outputs(cfg, traces_at((ask_key, asked)), w)
     return parts.error(family, y, task.query)

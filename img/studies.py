@@ -379,8 +379,8 @@ def nearest_mean(key, meta, cfg, family, device):
 
 def few_shot(n, run):
     """Errors after each look, and of regression on the same traces, chips and tasks."""
-    lot = train.lot_of(run.cfg, run.devices)
-    untrained = run._replace(state=train.start(run.cfg, lot, run.families.training))
+    population = train.population_of(run.cfg, run.devices)
+    untrained = run._replace(state=train.start(run.cfg, population, run.families.training))
     found = {}
     for name, device in devices_for(run).items():
         wrong = error_of(tested(train.reported, n, run, device).measured)

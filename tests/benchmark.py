@@ -38,16 +38,16 @@ import json, sys, time
 import numpy as np, train
 train.configure_backend()
 flags, n = json.loads(sys.argv[1]), int(sys.argv[2])
-cfg, lot = train.configure(flags)
-if hasattr(train, "lot_of"):
-    lot = train.lot_of(cfg, lot)
+cfg, population = train.configure(flags)
+if hasattr(train, "population_of"):
+    population = train.population_of(cfg, population)
 key = train.stream(cfg, 1)
 if hasattr(train, "families_of"):
     family = train.families_of(cfg).training
-    state = train.start(cfg, lot, family)
-    chunk = train.train_chunk, key, cfg, lot, family, state, 0, n
+    state = train.start(cfg, population, family)
+    chunk = train.train_chunk, key, cfg, population, family, state, 0, n
 else:
-    chunk = train.train_chunk, cfg, lot, train.start(cfg, lot), key, np.arange(n)
+    chunk = train.train_chunk, cfg, population, train.start(cfg, population), key, np.arange(n)
 for _ in range(2):
     began = time.perf_counter()
     train.jax.block_until_ready(chunk[0](*chunk[1:]))

@@ -56,25 +56,25 @@ def configured(**flags):
     return train.configure({**SMALL, **flags})
 
 
-def random_meta(cfg, lot, family):
+def random_meta(cfg, population, family):
     """Meta-parameters as train.start has them, but for thresholds, which are all 0.02: train.start
     would take seconds to compile."""
-    kind = jax.tree.map(lambda x: x[0], lot.kinds[0])
+    kind = jax.tree.map(lambda x: x[0], population.kinds[0])
     columns = 1 if family.exchangeable else family.n_out
     sizes, n_rows = train.sizes_of(cfg), train.rows_of(cfg, family)
     key = jax.random.key(cfg.seed)
     g = network.start(key, kind.device, sizes, family.n_in, columns, n_rows)
     log_theta = jnp.full((cfg.n_inner, cfg.n_h1, columns), np.log(0.02), float)
-    return train.project(train.Meta(g, log_theta, jnp.zeros(())), lot.low, lot.high)
+    return train.project(train.Meta(g, log_theta, jnp.zeros(())), population.low, population.high)
 
 
 def started(cfg, devices, family=None):
-    """Lot of devices, and a state with random_meta; the family of tasks is by default that of
-    functions."""
-    lot = train.lot_of(cfg, devices)
-    meta = random_meta(cfg, lot, family or train.families_of(cfg).training)
+    """Population of devices, and a state with random_meta; the family of tasks is that of functions
+    by default."""
+    population = train.population_of(cfg, devices)
+    meta = random_meta(cfg, population, family or train.families_of(cfg).training)
     zero = jax.tree.map(jnp.zeros_like, meta)
-    return lot, train.State(meta, zero, zero)
+    return population, train.State(meta, zero, zero)
 
 
 def begun(cfg, devices):
@@ -158,18 +158,18 @@ def write_classes(path, **changes):
 
 
 @jax.jit(static_argnums=0)
-def quick_start(cfg, lot, family):
+def quick_start(cfg, population, family):
     """Stands for train.start: all conductances as low as they go."""
     n_h0, n_h1 = train.sizes_of(cfg)
     shapes = [(2, 2 * cfg.n_rows, n_h0), (2, n_h0 + 1, n_h1), (2, n_h1, 1)]
-    *hidden, readout = [jnp.full(shape, lot.low, float) for shape in shapes]
+    *hidden, readout = [jnp.full(shape, population.low, float) for shape in shapes]
     log_theta = jnp.zeros((cfg.n_inner, 1 if cfg.shared_thr else n_h1, 1))
     meta = train.Meta(network.Network(tuple(hidden), readout), log_theta, jnp.zeros(()))
     zero = jax.tree.map(jnp.zeros_like, meta)
     return train.State(meta, zero, zero)
 
 
-def quick_chunk(key, cfg, lot, family, state, first, last):
+def quick_chunk(key, cfg, population, family, state, first, last):
     """Stands for train.train_chunk: every iteration moves the state by its own random
     number."""
     time.sleep(0.02)

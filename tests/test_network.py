@@ -270,7 +270,7 @@ def test_a_pulsed_crossbar_refers_to_its_own_read():
     """All devices pulsed at once: later reads are scaled to what it was at its reference."""
     chip = chip_of(EQUAL, CELLS)
     pulsed, _ = fire(EQUAL, chip.hidden[0].xbar, jnp.ones(SHAPE), 500.0)
-    tile = network.refer(KEY, EQUAL, chip.hidden[0]._replace(xbar=pulsed), 501.0)
+    tile = network.with_reference(KEY, EQUAL, chip.hidden[0]._replace(xbar=pulsed), 501.0)
     _, (found, *_) = read(KEY, EQUAL, chip._replace(hidden=(tile, tile)), 1e5)
     expected = analog.weights(EQUAL, pulsed.g) * (1 / 38.6) ** -0.04
     np.testing.assert_allclose(found, expected, atol=1e-5)

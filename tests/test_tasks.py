@@ -187,8 +187,8 @@ def of_classes(data_file):
 
 def test_exchangeable_outputs_start_alike_and_differ_on_a_chip(data):
     run = of_classes("few.npz")
-    family, lot = run.families.testing, train.lot_of(run.cfg, run.devices)
-    first = jax.eval_shape(train.start, run.cfg, lot, run.families.training).meta
+    family, population = run.families.testing, train.population_of(run.cfg, run.devices)
+    first = jax.eval_shape(train.start, run.cfg, population, run.families.training).meta
     assert first.g.hidden[0].shape == (2, 3 * 17, 7)  # 16 inputs and the bias, 3 rows each
     assert first.g.readout.shape == (2, 6, 1) and first.log_theta.shape == (2, 6, 1)
     meta = train.project(run.state.meta, *train.common_range([analog.PCM]))

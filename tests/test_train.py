@@ -34,9 +34,9 @@ def close(a, b, tolerance=1e-5):
 
 
 def first_state(cfg, devices):
-    """Lot of devices and the state before training."""
-    lot = train.lot_of(cfg, devices)
-    return lot, train.start(cfg, lot, family_of(cfg))
+    """Population of devices and the state before training."""
+    population = train.population_of(cfg, devices)
+    return population, train.start(cfg, population, family_of(cfg))
 
 
 def family_of(cfg):
@@ -264,7 +264,7 @@ def test_a_pulsed_readout_refers_to_a_read_after_its_pulses():
     device, times, _, after, _ = met()
     readouts = jax.tree.map(lambda x: x[0], after)
     silent = device._replace(law=device.law._replace(read_scale=0.0))
-    tiles = train.refer(KEY, silent, readouts, times.pulses)
+    tiles = train.with_reference(KEY, silent, readouts, times.pulses)
     for k, reference in enumerate(tiles.reference):
         xbar = jax.tree.map(lambda x: x[k], readouts.xbar)  # noqa: B023
         now, later = (
@@ -366,39 +366,39 @@ def test_adam_equals_that_of_jax():
 def test_a_steep_gradient_is_shortened_and_a_gentle_one_is_not():
     g = network.Network((jnp.array([3.0, 0.0]),), jnp.array(4.0))
     steep = train.Meta(g, jnp.full((3,), 6.0), jnp.array(6.0))
-    found = train.shorten(steep)
+    found = train.clip_norm(steep)
     norm = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(found)))
     np.testing.assert_allclose(norm, train.MAX_GRAD_NORM, rtol=1e-5)
     close(found, jax.tree.map(lambda x: x * train.MAX_GRAD_NORM / 13, steep))
     gentle = jax.tree.map(lambda x: x * train.MAX_GRAD_NORM / 26, steep)
-    close(train.shorten(gentle), gentle)
+    close(train.clip_norm(gentle), gentle)
     nothing = jax.tree.map(jnp.zeros_like, steep)
-    assert not any(np.any(x) for x in jax.tree.leaves(train.shorten(nothing)))
+    assert not any(np.any(x) for x in jax.tree.leaves(train.clip_norm(nothing)))
 
 
 class Path(NamedTuple):
     """Of an optimizer: what it is given, and where it goes."""
 
-    lot: train.Lot
+    population: train.Population
     state: train.State
     gradient: train.Meta
 
 
 def path(factor=1.0):
     """A Path on devices whose conductances are factor times those of PCM."""
-    lot = train.Lot((), 0.1 * factor, 10.0 * factor, 11.9 * factor)
+    population = train.Population((), 0.1 * factor, 10.0 * factor, 11.9 * factor)
     g = network.Network((jnp.full((2, 3, 4), 5.0 * factor),), jnp.full((2, 4, 1), 5.0 * factor))
     meta = train.Meta(g, jnp.zeros((2, 4, 1)), jnp.zeros(()))
     zero = jax.tree.map(jnp.zeros_like, meta)
     slope = jax.tree.map(lambda x: 0.3 / factor * jnp.ones_like(x), g)
     gradient = train.Meta(slope, 0.1 + zero.log_theta, jnp.array(0.2))
-    return Path(lot, train.State(meta, zero, zero), gradient)
+    return Path(population, train.State(meta, zero, zero), gradient)
 
 
 def moved(cfg, step, factor=1.0):
     """What a step of the optimizer subtracts of the meta-parameters."""
-    lot, before, gradient = path(factor)
-    after = train.update(cfg, lot, before, gradient, step)
+    population, before, gradient = path(factor)
+    after = train.update(cfg, population, before, gradient, step)
     return jax.tree.map(lambda a, b: a - b, before.meta, after.meta)
 
 
@@ -419,8 +419,8 @@ def test_the_unit_of_conductance_does_not_tell_how_steep_a_gradient_is():
     cfg, _ = configured()
     found = []
     for factor in (1.0, 100.0):
-        lot, before, gradient = path(factor)
-        found.append(train.update(cfg, lot, before, gradient, 0).mean)
+        population, before, gradient = path(factor)
+        found.append(train.update(cfg, population, before, gradient, 0).mean)
     close(*found)
     norm = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(found[0])))
     np.testing.assert_allclose(norm, 0.1 * train.MAX_GRAD_NORM, rtol=1e-5)
@@ -441,10 +441,10 @@ def test_steps_drop():
 def test_conductances_stay_where_all_devices_can_be_programmed():
     cfg, devices = configured(device="pcm,ibm")
     devices["ibm"] = analog.IBM._replace(g_min=0.5)
-    lot = train.lot_of(cfg, devices)
+    population = train.population_of(cfg, devices)
     g = network.Network((jnp.array([0.0, 5.0, 11.0]),), jnp.array([20.0]))
     meta = train.Meta(g, jnp.array([-3.0]), jnp.array(-4.0))
-    found = train.project(meta, lot.low, lot.high)
+    found = train.project(meta, population.low, population.high)
     np.testing.assert_array_equal(found.g.hidden[0], np.float32([0.5, 5.0, 10.0]))
     np.testing.assert_array_equal(found.g.readout, [10.0])
     assert found.log_theta == -3 and found.log_scale == -4
@@ -454,15 +454,15 @@ def test_the_order_of_devices_does_not_matter():
     """Devices of a family are stacked, in the order of their names."""
     names = "pcm", "ibm_history", "perf", "pcm_history", "ibm"
     cfg, devices = configured(device=",".join(names), batch_train=5)
-    lot = train.lot_of(cfg, devices)
+    population = train.population_of(cfg, devices)
     assert list(devices) == list(names)
-    assert Counter(len(kind.device.g_max) for kind in lot.kinds) == {2: 2, 1: 1}
-    for kind in lot.kinds:
+    assert Counter(len(kind.device.g_max) for kind in population.kinds) == {2: 2, 1: 1}
+    for kind in population.kinds:
         if len(kind.device.g_max) == 2:  # one of the two has a history
             assert kind.device.set_history.tolist() == [0.0, analog.HISTORY["set_history"]]
-    other = train.lot_of(cfg, dict(reversed(devices.items())))
-    assert jax.tree.structure(other) == jax.tree.structure(lot)
-    for a, b in zip(jax.tree.leaves(lot), jax.tree.leaves(other), strict=True):
+    other = train.population_of(cfg, dict(reversed(devices.items())))
+    assert jax.tree.structure(other) == jax.tree.structure(population)
+    for a, b in zip(jax.tree.leaves(population), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -470,7 +470,7 @@ def test_devices_share_the_tasks(monkeypatch):
     """All devices have the same weight, those of one family and those of another."""
     cfg, devices = configured(device="pcm,perf,pcm_history", batch_train=6, n_chips=2)
     devices["pcm_history"] = devices["pcm_history"]._replace(g_prog=11.0)
-    lot, tasks = train.lot_of(cfg, devices), []
+    population, tasks = train.population_of(cfg, devices), []
 
     def meta_loss(key, meta, cfg, family, kind, n_tasks):
         tasks.append(n_tasks)
@@ -478,8 +478,8 @@ def test_devices_share_the_tasks(monkeypatch):
         return kind.device.g_prog * meta, {"draw": draw, "g_prog": kind.device.g_prog}
 
     monkeypatch.setattr(train, "meta_loss", meta_loss)
-    run = jax.jit(lambda lot, meta: train.gradient_of(KEY, cfg, lot, None, meta))
-    gradient, measured = run(lot, jnp.ones(()))
+    run = jax.jit(lambda population, meta: train.gradient_of(KEY, cfg, population, None, meta))
+    gradient, measured = run(population, jnp.ones(()))
     assert set(tasks) == {2}
     np.testing.assert_allclose(gradient, (10 + 12 + 11) / 3, rtol=1e-6)
     np.testing.assert_allclose(measured["g_prog"], gradient, rtol=1e-6)
@@ -488,15 +488,15 @@ def test_devices_share_the_tasks(monkeypatch):
 
 def test_each_chip_has_a_draw_of_its_own(monkeypatch):
     cfg, devices = configured(device="pcm,perf,pcm_history", batch_train=3, n_chips=50)
-    lot = train.lot_of(cfg, devices)
+    population = train.population_of(cfg, devices)
 
     def meta_loss(key, meta, cfg, family, kind, n_tasks):
         draw = jax.random.normal(key)
         return meta, {"draw": draw, "square": draw**2}
 
     monkeypatch.setattr(train, "meta_loss", meta_loss)
-    run = jax.jit(lambda lot, meta: train.gradient_of(KEY, cfg, lot, None, meta))
-    _, measured = run(lot, jnp.ones(()))
+    run = jax.jit(lambda population, meta: train.gradient_of(KEY, cfg, population, None, meta))
+    _, measured = run(population, jnp.ones(()))
     # 150 normal draws, within 4 standard errors; shared ones would spread more
     assert 0 < abs(measured["draw"]) < 4 / 150**0.5
     assert abs(measured["square"] - 1) < 4 * (2 / 150) ** 0.5
@@ -542,10 +542,10 @@ def of_weights(key, meta, cfg, family, kind, n_tasks):
 def trained_and_tested():
     """What two iterations on two devices leave, and a test of four chips."""
     cfg, devices = configured(device="pcm,pcm_history", n_inner=1)
-    (lot, state), family = started(cfg, devices), family_of(cfg)
+    (population, state), family = started(cfg, devices), family_of(cfg)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "meta_loss", of_weights)
-        chunk = train.train_chunk(train.stream(cfg, 1), cfg, lot, family, state, 0, 2)
+        chunk = train.train_chunk(train.stream(cfg, 1), cfg, population, family, state, 0, 2)
     state, measured = jax.device_get(chunk)
     key, device = train.stream(cfg, 2), devices["pcm"]
     found = train.test(key, drawn, cfg, family, device, 4, state.meta)
@@ -624,7 +624,7 @@ class Trained(NamedTuple):
 
     cfg: train.Config
     device: analog.Device
-    lot: train.Lot
+    population: train.Population
     begun: train.State
     state: train.State
     chunks: list  # means of two chunks
@@ -633,7 +633,7 @@ class Trained(NamedTuple):
     def go(self, state, first, last):
         """State and means after the iterations from first to last − 1."""
         key, family = train.stream(self.cfg, 1), family_of(self.cfg)
-        found = train.train_chunk(key, self.cfg, self.lot, family, state, first, last)
+        found = train.train_chunk(key, self.cfg, self.population, family, state, first, last)
         return jax.device_get(found)
 
     def test(self, device):
@@ -657,8 +657,8 @@ def trained():
         lr_out=0.025,
         gain_out=0.3,
     )
-    lot, begun = first_state(cfg, devices)
-    run = Trained(cfg, devices["perf"], lot, begun, begun, [], None)
+    population, begun = first_state(cfg, devices)
+    run = Trained(cfg, devices["perf"], population, begun, begun, [], None)
     for first in (0, LENGTH):
         state, measured = run.go(run.state, first, first + LENGTH)
         run = run._replace(state=state, chunks=[*run.chunks, measured])
@@ -760,8 +760,8 @@ def test_episodes_equal_a_plain_loop():
 
 def test_episodes_of_two_inputs_and_outputs_equal_a_plain_loop():
     cfg, devices = configured(device="perf", grad_thr=0.02)
-    lot, state = started(cfg, devices, Planes())
-    first = jax.eval_shape(train.start, cfg, lot, Planes()).meta
+    population, state = started(cfg, devices, Planes())
+    first = jax.eval_shape(train.start, cfg, population, Planes()).meta
     shapes = [x.shape for x in jax.tree.leaves(first)]
     assert shapes == [(2, 9, 7), (2, 8, 6), (2, 6, 2), (2, 6, 2), ()]
     given = cfg, Planes(), devices["perf"], 3, state.meta
@@ -801,8 +801,8 @@ def test_the_unit_of_conductance_does_not_matter():
     loss = jax.jit(train.meta_loss, static_argnums=(2, 5))
     for factor in (1, 100):
         scaled = {"pcm": in_units("pcm", devices["pcm"], factor)}
-        lot, state = first_state(cfg, scaled)
-        kind = jax.tree.map(lambda x: x[0], lot.kinds[0])
+        population, state = first_state(cfg, scaled)
+        kind = jax.tree.map(lambda x: x[0], population.kinds[0])
         losses.append(loss(KEY, state.meta, cfg, family_of(cfg), kind, 3)[1]["loss"])
         thresholds.append(state.meta.log_theta)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
@@ -812,9 +812,9 @@ def test_the_unit_of_conductance_does_not_matter():
 def test_every_meta_parameter_is_trained():
     """A field of Meta with a default could lack a step size, and be saved as if trained."""
     cfg, devices = configured()
-    lot, before = started(cfg, devices)
+    population, before = started(cfg, devices)
     gradient = jax.tree.map(jnp.ones_like, before.meta)
-    after = train.update(cfg, lot, before, gradient, 0)
+    after = train.update(cfg, population, before, gradient, 0)
     pairs = zip(jax.tree.leaves(before.meta), jax.tree.leaves(after.meta), strict=True)
     assert all(np.any(a != b) for a, b in pairs)
     assert not train.Meta._field_defaults and not train.State._field_defaults
