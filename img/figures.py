@@ -276,8 +276,7 @@ def classes(side, episodes, results):
         )
     mean = found["mean"][-1]
     words = f"{mean:.0f} %, a day later {results['accuracy_day']['mean']:.0f} %"
-    place = {"ha": "right", "va": "top", "textcoords": "offset points"}
-    axes.annotate(words, (looks[-1], mean), (0, -14), **place)
+    axes.annotate(words, (0.97, 0.35), xycoords="axes fraction", ha="right")
     axes.set(xlabel="looks", ylabel="accuracy (%)", ylim=(0, 100), xticks=looks)
     n = len(episodes.measured["accuracy"])
     title = f"{n} tasks, each on a chip of its own\n{activity(results)}"
@@ -461,6 +460,10 @@ def bars(groups, xlabel):
             edgecolor="white",
             label=group,
         )
+    widths = [bar.get_width() for bar in axes.patches]
+    if np.nanmax(widths) > 10 * np.nanmedian(widths):  # else most bars would be too short
+        axes.set_xscale("log")
+        plain_ticks(axes.xaxis)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xlabel(f"{xlabel} (lines: 95 % interval)")
