@@ -722,8 +722,7 @@ def meta_loss(key, meta, cfg, family, kind, n_tasks):
     after, pulses = adapt_chip(
         next(keys), meta, cfg, device, chip, u, tasks.support, times, times.reads[:1]
     )
-    last = entry(after, (slice(None), -1))
-    ended = jnp.repeat(times.pulses[-1], n_tasks)
+    last, ended = entry(after, (slice(None), -1)), jnp.repeat(times.pulses[-1], n_tasks)
     readouts = with_reference(next(keys), device, last, ended)
     asked = times.pulses[-1] + log_uniform(next(keys), cfg.twait, cfg.max_rest)
     seen, w = query_chip(next(keys), cfg, device, chip, readouts, u, asked)
