@@ -86,7 +86,8 @@ def test_gains_belong_to_a_chip():
     """Each column has its own, which stays from read to read."""
     g = network.Network((jnp.full((2, 3, 4000), 5.0).at[1].set(1.0),) * 2, jnp.ones((2, 3, 1)))
     circuit = circuits.CIRCUITS["gains10"]
-    chip = network.assemble(KEY, analog.PERF, analog.fabricate, g, circuit)
+    assemble = jax.jit(network.assemble, static_argnums=2)
+    chip = assemble(KEY, analog.PERF, analog.fabricate, g, circuit)
     first, second = (network.read(KEY, analog.PERF, tile, 1.0, False) for tile in chip.hidden)
     ratio = first[0] * analog.span(analog.PERF) / 4
     np.testing.assert_allclose(first, np.broadcast_to(first[0], first.shape))

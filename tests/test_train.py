@@ -779,34 +779,7 @@ def test_activity_is_counted():
     np.testing.assert_allclose(found["spikes"], 9.0, rtol=1e-6)
 
 
-# ---- units ---------------------------------------------------------------------------------------
-
-MICROSIEMENS = (
-    "g_min g_max g_prog set_offset set_history set_std_offset set_std_history reset_mean reset_std "
-    "read_offset"
-).split()
-
-
-def in_units(name, device, factor):
-    """The device with all its conductances times factor."""
-    constants = analog.describe(name, device)
-    scaled = {key: factor * constants[key] for key in MICROSIEMENS}
-    return analog.from_constants(constants | scaled)[1]
-
-
-def test_the_unit_of_conductance_does_not_matter():
-    """Devices of 100 times the conductance start alike, and have the same loss."""
-    cfg, devices = configured(device="pcm")
-    losses, thresholds = [], []
-    loss = jax.jit(train.meta_loss, static_argnums=(2, 5))
-    for factor in (1, 100):
-        scaled = {"pcm": in_units("pcm", devices["pcm"], factor)}
-        population, state = first_state(cfg, scaled)
-        kind = jax.tree.map(lambda x: x[0], population.kinds[0])
-        losses.append(loss(KEY, state.meta, cfg, family_of(cfg), kind, 3)[1]["loss"])
-        thresholds.append(state.meta.log_theta)
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
-    np.testing.assert_allclose(thresholds[1], thresholds[0], atol=1e-3)
+# ---- settings ----------------------------------------------------------------------------------
 
 
 def test_every_meta_parameter_is_trained():
