@@ -227,6 +227,12 @@ def total(device, g):
     return jnp.maximum(jnp.sum(g), least)
 
 
+def programmed_total(device, xbar, target):
+    """Σ G (µS) of a crossbar that was programmed to target [2, rows, cols] in µS, with its stuck
+    devices, as it is known without a read."""
+    return total(device, analog.goals(device, xbar, target))
+
+
 def each(f, key, device, network, *rest):
     """Network of f(key, device, value, *rest) of every value of a network, each with a key of its
     own."""
@@ -245,8 +251,7 @@ def assemble(key, device, make, g, circuit):
         make_key, gain_key = jax.random.split(key)
         gain = circuit.gains(gain_key, target.shape[2])
         xbar = make(make_key, device, target)
-        reference = total(device, analog.goals(device, xbar, target))
-        return Tile(xbar, reference, gain, circuit)
+        return Tile(xbar, programmed_total(device, xbar, target), gain, circuit)
 
     return each(tile, key, device, g)
 

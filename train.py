@@ -1362,9 +1362,8 @@ def load(folder):
         require(families.about == saved["data"], f"{cfg.tasks} is not the file that it was")
         # shapes need no table of programming
         exact = dataclasses.replace(cfg, off_noise=0.0)
-        like = jax.eval_shape(
-            start, exact, population_of(exact, devices), families.training
-        )
+        population = population_of(exact, devices)
+        like = jax.eval_shape(start, exact, population, families.training)
         return Run(cfg, devices, families, *read_checkpoint(folder, like), versions)
     except Exception as error:  # a damaged archive fails in many ways
         what = f"{folder} holds no run, a damaged one, or one of other code: {error}"

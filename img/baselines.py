@@ -67,7 +67,8 @@ def written(key, cfg, kind, readout, w, is_corrected):
     if is_corrected:
         target, expected = corrected(kind, target, asked - ended)
     xbar = analog.program(write_key, device, readout.xbar, target, ended).xbar
-    tile = readout._replace(xbar=xbar, reference=network.total(device, expected))
+    reference = network.programmed_total(device, xbar, expected)
+    tile = readout._replace(xbar=xbar, reference=reference)
     return network.read(read_key, device, tile, asked, cfg.compensate)
 
 

@@ -98,7 +98,7 @@ def devices_for(run):
 def restore(key, device, readout, target, t):
     """Programmed to its first target again."""
     done = analog.program(key, device, readout.xbar, target, t)
-    reference = network.total(device, analog.goals(device, done.xbar, target))
+    reference = network.programmed_total(device, done.xbar, target)
     return readout._replace(xbar=done.xbar, reference=reference), done
 
 
@@ -542,10 +542,10 @@ def draw_energy(found, unit):
 class Study(NamedTuple):
     """A study, in two parts: what it measures is written and read again before it is drawn."""
 
-    measure: (
-        Callable  # of the number of chips and the Run, or Runs by folder; to a dictionary
-    )
-    draw: Callable  # of that dictionary and the unit of errors, to a figure
+    # of the number of chips and the Run, or Runs by folder; to a dictionary
+    measure: Callable
+    # of that dictionary and the unit of errors, to a figure
+    draw: Callable
 
 
 STUDIES = {

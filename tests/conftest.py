@@ -62,7 +62,7 @@ def random_meta(cfg, population, family):
     kind = jax.tree.map(lambda x: x[0], population.kinds[0])
     columns = 1 if family.exchangeable else family.n_out
     sizes, n_rows = train.sizes_of(cfg), train.rows_of(cfg, family)
-    key = jax.random.key(cfg.seed)
+    key = train.stream(cfg, 0)
     g = network.start(key, kind.device, sizes, family.n_in, columns, n_rows)
     log_theta = jnp.full((cfg.n_inner, cfg.n_h1, columns), np.log(0.02), float)
     return train.project(train.Meta(g, log_theta, jnp.zeros(())), population.low, population.high)

@@ -232,7 +232,7 @@ def assert_only(acted, before, after, earliest=9.0):
         assert np.array_equal(old[~acted], new[~acted])
     times = after.t_prog[acted]
     assert np.all((earliest <= times) & (times <= 9))
-    assert np.mean(after.g[acted] != before.g[acted]) > 0.5
+    assert np.mean(after.g[acted] != before.g[acted]) > 0.9
 
 
 STUCK = some_stuck(IBM_HISTORY)
@@ -252,7 +252,7 @@ def test_only_pulsed_devices_change():
 @pytest.mark.parametrize("device", [PCM, IBM], ids=["pcm", "ibm"])
 def test_programming_leaves_stuck_devices(device):
     device = some_stuck(device)
-    xbar = jax.tree.map(lambda x: x[:, :50], at(device, 4.0))
+    xbar = analog.blank(KEY, device, (2, 50, 2))  # at g_max
     done = program(KEY, device, xbar, 5 * ONES[:, :50], 9.0)
     assert_only(xbar.free, xbar, done.xbar, 9.0 - analog.MAX_STEPS)
     assert not np.any(np.where(xbar.free, 0, done.pulses + done.reads))
